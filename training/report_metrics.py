@@ -1,0 +1,122 @@
+"""Reads a run's metrics.jsonl: the curves of training and what it cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.report_format import duration_text
+
+Points = tuple[tuple[int, float], ...]  # (step, value), steps ascending
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step; a value that was not finite is nan."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    num_target_tokens: int
+    num_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The steps that count, validation losses per suite, and what was left out."""
+
+    steps: tuple[Step, ...]
+    validation: dict[str, Points]
+    num_repeated_steps: int
+    repeated_seconds: float
+    num_unreadable_lines: int
+
+    def curve(self, name: str) -> Points:
+        """(step, value) of one field of the steps, those that are finite."""
+        points = ((step.step, float(getattr(step, name))) for step in self.steps)
+        return tuple((step, value) for step, value in points if math.isfinite(value))
+
+
+def read_metrics(path: Path) -> Metrics | None:
+    """The metrics in a file, or None when there is none.
+
+    A step that was done again after a resume counts once, by its later row. A line that a crash tore is left out
+    and counted.
+    """
+    if not path.is_file():
+        return None
+    steps: dict[int, Step] = {}
+    losses: dict[tuple[str, int], float] = {}
+    replaced: list[Step] = []
+    unreadable = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n"):
+        try:
+            row = _parse(line)
+        except (ValueError, KeyError, TypeError):
+            unreadable += 1
+            continue
+        if isinstance(row, Step):
+            replaced += [steps[row.step]] if row.step in steps else []
+            steps[row.step] = row
+        elif row is not None:
+            losses[row[0]] = row[1]
+    return Metrics(
+        steps=tuple(steps[number] for number in sorted(steps)),
+        validation=_by_suite(losses),
+        num_repeated_steps=len(replaced),
+        repeated_seconds=sum(step.seconds for step in replaced),
+        num_unreadable_lines=unreadable,
+    )
+
+
+def cost_rows(metrics: Metrics | None, scoring_seconds: float) -> list[tuple[str, str]]:
+    """(what, amount) of time and tokens; tokens per second is over the steps that count, without their repeats."""
+    rows: list[tuple[str, str]] = []
+    if metrics and metrics.steps:
+        seconds = sum(step.seconds for step in metrics.steps)
+        tokens = sum(step.num_tokens for step in metrics.steps)
+        rows = [
+            ("optimizer steps", f"{len(metrics.steps):,}"),
+            ("training time, summed over steps", duration_text(seconds)),
+            ("tokens", f"{tokens:,}"),
+            ("target tokens", f"{sum(step.num_target_tokens for step in metrics.steps):,}"),
+            ("tokens per second", f"{tokens / seconds:,.0f}" if seconds > 0 else "–"),
+        ]
+        if metrics.num_repeated_steps:
+            again = f"{metrics.num_repeated_steps:,} ({duration_text(metrics.repeated_seconds)})"
+            rows.append(("steps done again after a resume", again))
+    return [*rows, ("scoring time", duration_text(scoring_seconds))]
+
+
+def _parse(line: str) -> Step | tuple[tuple[str, int], float] | None:
+    row: dict[str, Any] = json.loads(line)
+    if row["kind"] == "validation":
+        return (str(row["suite"]), int(row["step"])), _number(row["loss"])
+    if row["kind"] != "step":
+        return None
+    return Step(
+        step=int(row["step"]),
+        loss=_number(row["loss"]),
+        learning_rate=_number(row["learning_rate"]),
+        grad_norm=_number(row.get("grad_norm")),
+        num_target_tokens=int(row["num_target_tokens"]),
+        num_tokens=int(row["num_tokens"]),
+        seconds=float(row["seconds"]),
+    )
+
+
+def _number(value: float | None) -> float:
+    # A JSON writer that refuses nan and infinity writes null.
+    return math.nan if value is None else float(value)
+
+
+def _by_suite(losses: dict[tuple[str, int], float]) -> dict[str, Points]:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for (suite, step), loss in sorted(losses.items()):
+        curves.setdefault(suite, []).extend([(step, loss)] if math.isfinite(loss) else [])
+    return {suite: tuple(points) for suite, points in curves.items()}
