@@ -1,0 +1,60 @@
+"""Asks an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import openai
+from openai import OpenAI
+
+from training.errors import fail
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def connect(base_url: str, timeout_s: float = 120.0) -> OpenAI:
+    """A client of an endpoint (base_url ends in /v1); it sends no key, and a loopback address through no proxy."""
+    loopback = urlsplit(base_url).hostname in _LOOPBACK
+    http = openai.DefaultHttpxClient(trust_env=not loopback)
+    return OpenAI(base_url=base_url, api_key="none", timeout=timeout_s, max_retries=0, http_client=http)
+
+
+@contextmanager
+def told_plainly(base_url: str) -> Iterator[None]:
+    """Turns the client's errors into a TenureError that names the endpoint."""
+    try:
+        yield
+    except openai.APIStatusError as error:
+        instead = "see GET /v1/models for the names it serves" if error.status_code == 404 else ""
+        raise fail(f"the endpoint refused (HTTP {error.status_code}): {_said(error)}", base_url, instead) from error
+    except openai.APITimeoutError as error:
+        raise fail("the endpoint did not answer in time", base_url, "try again, or see its logs") from error
+    except openai.APIConnectionError as error:
+        reason = error.__cause__ or error
+        raise fail(f"the endpoint cannot be reached ({reason})", base_url, "is it running? tenure serve RUN") from error
+
+
+def _said(error: openai.APIStatusError) -> str:
+    """What the endpoint gave as the reason: vLLM says `message`, Ray's ingress `detail`."""
+    body = error.body if isinstance(error.body, dict) else {}
+    return str(body.get("message") or body.get("detail") or error.message)
+
+
+def ask(question: str, base_url: str, models: Sequence[str] | None, max_tokens: int) -> dict[str, str]:
+    """Each model's answer to one question, decoded greedily, by model name; all models served when None.
+
+    Raises:
+        TenureError: the endpoint cannot be reached, does not know a model, or refuses the request.
+    """
+    with told_plainly(base_url), connect(base_url) as client:
+        names = [model.id for model in client.models.list()] if models is None else models
+        return {name: _answer(client, name, question, max_tokens) for name in names}
+
+
+def _answer(client: OpenAI, model: str, question: str, max_tokens: int) -> str:
+    reply = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": question}], max_tokens=max_tokens, temperature=0.0
+    )
+    return reply.choices[0].message.content or ""
