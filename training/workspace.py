@@ -1,0 +1,138 @@
+"""The folder that holds runs, caches and the tracking store, and the layout of one run's folder."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import fail
+
+WORKSPACE_VARIABLE = "TENURE_WORKSPACE"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run; everything in it is readable without Tenure."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def spec(self) -> Path:
+        return self.path / "spec.json"
+
+    @property
+    def spec_yaml(self) -> Path:
+        return self.path / "spec.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def artifact(self) -> Path:
+        return self.path / "artifact"
+
+    @property
+    def scorecard(self) -> Path:
+        return self.path / "scorecard.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def lineage(self) -> Path:
+        return self.path / "lineage.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Runs, caches and the tracking store under one root."""
+
+    root: Path
+
+    @classmethod
+    def at(cls, root: str | Path | None = None) -> Workspace:
+        """The workspace at a path, or at $TENURE_WORKSPACE, or ./workspace."""
+        chosen = root or os.environ.get(WORKSPACE_VARIABLE) or "workspace"
+        return cls(Path(chosen).expanduser().absolute())
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def models(self) -> Path:
+        return self.cache / "models"
+
+    @property
+    def tracking_uri(self) -> str:
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
+
+    def new_run(self, name: str) -> RunFolder:
+        """A fresh folder NAME-N, N one above the highest taken; made atomically, so two runs never share one."""
+        self.runs.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((_number(path.name, name) for path in self.runs.iterdir()), default=0)
+        while True:
+            path = self.runs / f"{name}-{number}"
+            try:
+                path.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return RunFolder(path)
+
+    def run(self, run_id: str) -> RunFolder:
+        """The folder of a run.
+
+        Raises:
+            TenureError: there is no such run; names the nearest.
+        """
+        known = sorted(path.name for path in self.runs.iterdir()) if self.runs.is_dir() else []
+        if run_id in known:
+            return RunFolder(self.runs / run_id)
+        close = difflib.get_close_matches(run_id, known, n=1, cutoff=0.5)
+        instead = f"did you mean '{close[0]}'?" if close else "tenure runs lists the runs there are"
+        raise fail(f"there is no run '{run_id}' in {self.root}", "", instead)
+
+
+def _number(folder: str, name: str) -> int:
+    head, _, tail = folder.rpartition("-")
+    return int(tail) if head == name and tail.isdigit() else 0
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
