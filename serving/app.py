@@ -21,7 +21,7 @@ OFFLINE_ENV = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 # One GiB of key-value cache is plenty for the small models that a CPU can serve. Without `nobind` every engine pins
-# itself to the same cores. Compiling the sampler needs a C++ compiler and took the first request 25 s.
+# itself to the same cores. Compiling the sampler needs a C++ compiler and took up to 30 s of the first request.
 CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 CPUS_PER_ENGINE = 1.0
@@ -87,10 +87,14 @@ def check_served(served: ServedModels) -> None:
     if served.adapter_rank is not None and served.adapter_rank > VLLM_RANKS[-1]:
         what = f"the adapter's rank {served.adapter_rank} is above {VLLM_RANKS[-1]}, the highest that vLLM serves"
         raise fail(what, str(served.tuned_path), "export it merged, and serve the merged model")
-    tuned_file = "config.json" if served.adapter_rank is None else "adapter_config.json"
-    for file in (served.base_path / "config.json", served.tuned_path / tuned_file):
-        if not file.is_file():
-            raise fail(f"there is no model in {file.parent}: it holds no {file.name}", "", "give the artifact's folder")
+    _check_folder(served.base_path, "config.json")
+    _check_folder(served.tuned_path, "config.json" if served.adapter_rank is None else "adapter_config.json")
+
+
+def _check_folder(folder: Path, config: str) -> None:
+    for pattern in (config, "*.safetensors"):
+        if not any(folder.glob(pattern)):
+            raise fail(f"there is no model in {folder}: it holds no {pattern}", "", "give the artifact's folder")
 
 
 def _config(served: ServedModels, name: str, path: Path) -> LLMConfig:

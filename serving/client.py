@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from openai import OpenAI
 
 from training.errors import fail
 
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception): ")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -39,7 +41,14 @@ def told_plainly(base_url: str) -> Iterator[None]:
 def _said(error: openai.APIStatusError) -> str:
     """What the endpoint gave as the reason: vLLM says `message`, Ray's ingress `detail`."""
     body = error.body if isinstance(error.body, dict) else {}
-    return str(body.get("message") or body.get("detail") or error.message)
+    return exception_in(str(body.get("message") or body.get("detail") or error.message))
+
+
+def exception_in(text: str) -> str:
+    """The exception that ends a traceback, on one line; other text unchanged but for its line breaks."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    starts = [index for index, line in enumerate(lines) if _EXCEPTION.match(line)]
+    return " ".join(lines[starts[-1] if starts else 0 :])
 
 
 def ask(question: str, base_url: str, models: Sequence[str] | None, max_tokens: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Literal
 from openai import OpenAI
 
 from serving.app import OFFLINE_ENV, ServedModels, build_application, check_served
-from serving.client import connect, told_plainly
+from serving.client import connect, exception_in, told_plainly
 from serving.parity import Parity, Tolerance, check_parity
 from training.errors import fail
 from training.scorecard import Probe
@@ -24,10 +24,12 @@ from training.scorecard import Probe
 Probes = Mapping[Literal["base", "tuned"], Sequence[Probe]]
 
 APPLICATION = "tenure"
-# In float32 the differences are those of summation order: at most TODO were measured.
+# Float32 differs by the order of summation: on a CPU, at most 3.4e-5 and on average 6e-6 nats were measured with a
+# model of 135 M parameters, against 0.3 on average for another adapter. Two bfloat16 kernels of one framework were
+# already 0.28 and 0.04 apart.
 TOLERANCES = {
-    "float32": Tolerance(largest=5e-3, mean=5e-4),
-    "bfloat16": Tolerance(largest=1.0, mean=0.05),
+    "float32": Tolerance(largest=2e-3, mean=2e-4),
+    "bfloat16": Tolerance(largest=1.0, mean=0.1),
 }
 PORTS_TRIED = 100
 # The caller is told through on_progress; the replicas keep their logs.
@@ -62,7 +64,6 @@ def deploy(
     check_port(host, port)
     check_served(served)
     os.environ.update(OFFLINE_ENV | QUIET_ENV)  # vLLM is imported in this process, too
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     base_url = f"http://{host}:{port}/v1"
     with _serve(host, port, on_progress):
         _run(served, on_progress)
@@ -82,6 +83,7 @@ def _serve(host: str, port: int, on_progress: Callable[[str], None]) -> Iterator
         what = "Ray Serve already runs on this cluster, where one endpoint at a time is supported"
         raise fail(what, "", "stop the other endpoint first (serve shutdown)")
     on_progress("starting Ray Serve")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         with _importing("serving.adapters"):
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
@@ -117,8 +119,18 @@ def _run(served: ServedModels, on_progress: Callable[[str], None]) -> None:
     try:
         serve.run(application, name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
-        what = f"the models could not be deployed: {error}"
-        raise fail(what, "", "see the logs of the Serve replica under Ray's session folder") from error
+        what = f"vLLM did not start: {_reason() or error}"
+        raise fail(what, "", "see the replica's log in logs/serve of Ray's session folder") from error
+
+
+def _reason() -> str:
+    """The exception that each failed deployment reports."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    deployments = application.deployments.values() if application else ()
+    failed = [found.message for found in deployments if found.status == "DEPLOY_FAILED"]
+    return "; ".join(exception_in(message) for message in failed)
 
 
 def _wait(client: OpenAI, served: ServedModels, on_progress: Callable[[str], None]) -> None:

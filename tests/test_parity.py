@@ -29,8 +29,9 @@ def endpoint(answer: Answer) -> Iterator[openai.OpenAI]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            body = json.dumps({"id": "", "object": "text_completion", "created": 0, "model": "m", **answer(request)})
-            self.send_response(200)
+            answered = {"id": "", "object": "text_completion", "created": 0, "model": "m", **answer(request)}
+            self.send_response(answered.pop("status", 200))
+            body = json.dumps(answered)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -113,3 +114,11 @@ def test_an_endpoint_without_log_probabilities_of_the_prompt_is_refused(answer: 
 def test_nothing_to_compare_is_refused() -> None:
     with endpoint(echoing()) as client, pytest.raises(TenureError, match="holds no probes for 'm'"):
         check_parity(client, "m", [], TOLERANCE)
+
+
+def test_a_refusal_tells_the_exception_and_not_the_traceback() -> None:
+    error = {"message": "Traceback:\n  File ...\nValueError: no such tensor\n"}
+    with endpoint(lambda request: {"status": 500, "error": error}) as client, pytest.raises(TenureError) as caught:
+        check_parity(client, "m", [EXPECTED], TOLERANCE)
+    assert "the endpoint refused (HTTP 500): ValueError: no such tensor" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
