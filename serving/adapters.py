@@ -47,10 +47,10 @@ class FolderLoader:
         )
 
 
-class CpuEngine(VLLMEngine):
+class CpuEngine(VLLMEngine):  # type: ignore[misc]
     """Runs the model in vLLM's engine process, not in one more beside it.
 
-    The extra process serves to bind OpenMP threads to cores, which Tenure turns off; without it a start takes 10 s
+    The extra process serves to bind OpenMP threads to cores, which Tenure turns off; without it a start takes about 10 s
     and 0.7 GB less. Ray allows no such choice on CPU, so this sets it on the finished configuration.
     """
 
@@ -59,7 +59,7 @@ class CpuEngine(VLLMEngine):
         return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
 
 
-class AdapterServer(LLMServer):
+class AdapterServer(LLMServer):  # type: ignore[misc]
     """An engine whose adapters come from the folders named in its configuration."""
 
     async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Serve awaits it
@@ -70,10 +70,10 @@ class AdapterServer(LLMServer):
     async def start(self) -> None:
         """Start the engine, without the usage report that Ray makes at this point through an actor of its own."""
         self.engine = self._engine_cls(self._llm_config)
-        await self.engine.start()  # type: ignore[no-untyped-call]
+        await self.engine.start()
 
 
-class NamedIngress(OpenAiIngress):
+class NamedIngress(OpenAiIngress):  # type: ignore[misc]
     """Routes plain adapter names, listed by /v1/models, to the engine of their base model."""
 
     def __init__(
@@ -92,7 +92,7 @@ class NamedIngress(OpenAiIngress):
         super().__init__(llm_deployments, model_cards)
 
 
-class LocalFiles(CallbackBase):
+class LocalFiles(CallbackBase):  # type: ignore[misc]
     """Skips Ray's download step: the models are local, and its extra process costs seconds at every start."""
 
     async def on_before_node_init(self) -> None:

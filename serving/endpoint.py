@@ -89,7 +89,7 @@ def _serve(host: str, port: int, on_progress: Callable[[str], None]) -> Iterator
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         yield
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        serve.shutdown()
 
 
 @contextmanager
