@@ -50,8 +50,8 @@ class FolderLoader:
 class CpuEngine(VLLMEngine):  # type: ignore[misc]
     """Runs the model in vLLM's engine process, not in one more beside it.
 
-    The extra process serves to bind OpenMP threads to cores, which Tenure turns off; without it a start takes about 10 s
-    and 0.7 GB less. Ray allows no such choice on CPU, so this sets it on the finished configuration.
+    The extra process serves to bind OpenMP threads to cores, which Tenure turns off; without it a start takes about
+    10 s and 0.7 GB less. Ray allows no such choice on CPU, so this sets it on the finished configuration.
     """
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
