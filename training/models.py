@@ -21,6 +21,7 @@ from training.workspace import Workspace
 PACKAGED_MODEL = "smollm2-135m-instruct"
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1}
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embed_positions")
+_DECIDING = (".safetensors", ".json", ".jinja", ".model")
 _HEADS = ("lm_head", "embed_out", "output")
 
 
@@ -64,7 +65,7 @@ def _from_hub(name: str) -> Path:
     if name.count("/") > 1 or not name.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise ValueError(f"'{name}' is no folder and no hub id -> {advice}")
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
@@ -123,15 +124,19 @@ def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and parts[-1] == "weight" and not outside
 
 
-@lru_cache(maxsize=32)
 def hash_folder(folder: Path) -> str:
     """SHA-256 over the names and contents of a model's or adapter's files that decide what it answers."""
+    files = [f for f in sorted(folder.iterdir()) if f.suffix in _DECIDING and f.is_file()]
+    return _hash_files(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+@lru_cache(maxsize=64)
+def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
+    """The hash of files; size and time of change are the key that keeps a gigabyte from being read twice."""
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".jinja", ".model") and file.is_file():
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for name, _, _ in files:
+        digest.update(Path(name).name.encode())
+        digest.update(bytes.fromhex(hash_file(Path(name))))
     return digest.hexdigest()
 
 

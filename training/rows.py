@@ -112,7 +112,7 @@ def _messages(source: Source, row: Row) -> Messages:
         return _checked_turns(row, source.messages)
     assert source.prompt is not None
     assert source.completion is not None
-    system = ({"role": "system", "content": fill(source.system, row)},) if source.system else ()
+    system = ({"role": "system", "content": fill_text(source.system, row)},) if source.system else ()
     prompt = {"role": "user", "content": fill(source.prompt, row)}
     return (*system, prompt, {"role": "assistant", "content": _non_empty(source.completion, row)})
 
@@ -132,7 +132,7 @@ def _checked_turns(row: Row, column: str) -> Messages:
 
 
 def _exact_item(suite: ExactMatch, row: Row, where: str) -> SuiteItem:
-    system = fill(suite.system, row) if suite.system else ""
+    system = fill_text(suite.system, row) if suite.system else ""
     return SuiteItem(fill(suite.prompt, row), _non_empty(suite.completion, row), where, system)
 
 
@@ -182,6 +182,11 @@ def fill(column: str, row: Row) -> str:
     if not isinstance(value, str):
         raise RowFault(f"'{column}' is {type(value).__name__}, not text", "quote it, or use a template")
     return value
+
+
+def fill_text(text: str, row: Row) -> str:
+    """A text as it stands, or filled with columns where it holds `{{`."""
+    return _fill_template(text, row) if "{{" in text else text
 
 
 def _fill_template(source: str, row: Row) -> str:

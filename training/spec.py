@@ -87,7 +87,8 @@ Protection = L2sp
 class Source(Section):
     """Training rows: a JSONL file with either a prompt and a completion, or chat messages.
 
-    `prompt`, `completion` and `system` name a column, or are a Jinja template over columns when they hold `{{`.
+    `prompt` and `completion` name a column, or are a Jinja template over columns when they hold `{{`; `system` is
+    text, or such a template.
     `chat` says whether prompts are rendered by the model's chat template (auto: when it has one).
     """
 

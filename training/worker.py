@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from training import checkpoint, engine as engines, export, tuning
+from training import checkpoint, export, tuning
+from training import engine as engines
 from training.batches import Schedule, collate, micro_batches, share
 from training.encoding import Encoded, load_tokenizer
 from training.errors import fail
@@ -199,9 +200,7 @@ def seed_everything(seed: int) -> None:
 
 def _schedule(spec: RunSpec, plan: Plan) -> Schedule:
     training = spec.training
-    return Schedule(
-        plan.num_examples, training.global_batch_size, training.epochs, training.seed, training.max_steps
-    )
+    return Schedule(plan.num_examples, training.global_batch_size, training.epochs, training.seed, training.max_steps)
 
 
 def _expect_trainable(model: torch.nn.Module, plan: Plan) -> None:

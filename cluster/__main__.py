@@ -1,0 +1,5 @@
+"""`python -m cluster` is `tenure`."""
+
+from cluster.cli import main
+
+main()

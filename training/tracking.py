@@ -1,0 +1,131 @@
+"""Runs, metrics, artifacts, lineage and registered models in MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.judge import package_versions
+from training.models import hash_file, hash_folder
+from training.plan import Plan
+from training.scorecard import Scorecard
+from training.spec import RunSpec
+from training.workspace import RunFolder, Workspace, read_json, write_json
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+EXPERIMENT = "tenure"
+
+
+def collect_lineage(spec: RunSpec, spec_hash: str) -> dict[str, Any]:
+    """Everything that a run came from: hashes of data, base model and spec, package versions, commit."""
+    sources = [source.path for source in spec.data.train]
+    suites = [suite.path for suite in spec.suites.all]
+    return {
+        "spec": spec_hash,
+        "base_model": {"path": spec.model, "sha256": hash_folder(Path(spec.model))},
+        "train": {str(path): hash_file(path) for path in sources},
+        "suites": {str(path): hash_file(path) for path in suites},
+        "packages": package_versions(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the working directory, or None outside a repository."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def client(workspace: Workspace) -> MlflowClient:
+    """A client of the workspace's store (or of $MLFLOW_TRACKING_URI); telemetry is off."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    from mlflow.tracking import MlflowClient
+
+    workspace.root.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=workspace.tracking_uri)
+
+
+def start_tracking(workspace: Workspace, run: RunFolder, spec: RunSpec, plan: Plan, lineage: dict[str, Any]) -> str:
+    """Open an MLflow run with the spec's parameters, the plan and the lineage; its id."""
+    store = client(workspace)
+    opened = store.create_run(_experiment(store, workspace), run_name=run.id)
+    tracking_id = str(opened.info.run_id)
+    for key, value in _flat({**spec.model_dump(mode="json"), "plan": vars(plan)}):
+        store.log_param(tracking_id, key, value)
+    for key, value in _flat(lineage, "lineage"):
+        store.set_tag(tracking_id, key, value)
+    write_json(run.path / "tracking.json", {"mlflow_run_id": tracking_id, "uri": workspace.tracking_uri})
+    return tracking_id
+
+
+def _experiment(store: MlflowClient, workspace: Workspace) -> str:
+    found = store.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    local = "MLFLOW_TRACKING_URI" not in os.environ
+    location = (workspace.root / "mlartifacts").as_uri() if local else None
+    return str(store.create_experiment(EXPERIMENT, artifact_location=location))
+
+
+def log_metrics(workspace: Workspace, run: RunFolder, tracking_id: str) -> None:
+    """Every step's and validation's numbers from the run's own metrics file; a repeated step counts once, last."""
+    from mlflow.entities import Metric
+
+    latest: dict[tuple[str, int], float] = {}
+    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["kind"] == "step":
+            names = ("loss", "learning_rate", "grad_norm", "num_tokens", "seconds")
+            latest |= {(name, row["step"]): row[name] for name in names if row[name] is not None}
+        elif row["kind"] == "validation":
+            latest[f"validation/{row['suite']}", row["step"]] = row["loss"]
+    stamp = int(run.metrics.stat().st_mtime * 1000)
+    metrics = [Metric(name, value, stamp, step) for (name, step), value in latest.items()]
+    store = client(workspace)
+    for start in range(0, len(metrics), 500):
+        store.log_batch(tracking_id, metrics=metrics[start : start + 500])
+
+
+def finish_tracking(workspace: Workspace, run: RunFolder, tracking_id: str, scorecard: Scorecard) -> None:
+    """Scores, verdict and the readable files of a finished run."""
+    store = client(workspace)
+    for suite in scorecard.suites:
+        for name in ("base", "tuned", "change"):
+            store.log_metric(tracking_id, f"{suite.role}/{suite.name}/{name}", getattr(suite, name))
+    store.set_tag(tracking_id, "contract", scorecard.contract.verdict)
+    store.set_tag(tracking_id, "artifact", str(run.artifact))
+    for file in (run.spec_yaml, run.spec, run.plan, run.lineage, run.scorecard, run.report, run.metrics):
+        if file.is_file():
+            store.log_artifact(tracking_id, str(file))
+    store.set_terminated(tracking_id, "FINISHED")
+
+
+def fail_tracking(workspace: Workspace, tracking_id: str, reason: str) -> None:
+    """Close a run that did not end well."""
+    store = client(workspace)
+    store.set_tag(tracking_id, "error", reason[:4000])
+    store.set_terminated(tracking_id, "FAILED")
+
+
+def tracking_id_of(run: RunFolder) -> str:
+    """The MLflow run of a run folder."""
+    return str(read_json(run.path / "tracking.json")["mlflow_run_id"])
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings and lists as dotted keys, the values as text of at most 5,000 characters."""
+    if isinstance(value, dict):
+        items = [(str(key), inner) for key, inner in value.items()]
+    elif isinstance(value, list | tuple):
+        items = [(str(index), inner) for index, inner in enumerate(value)]
+    else:
+        return [(prefix, str(value)[:5000])]
+    return [pair for key, inner in items for pair in _flat(inner, f"{prefix}.{key}" if prefix else key)]
