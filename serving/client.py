@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import openai
 from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 
 from training.errors import fail
 
@@ -51,19 +52,23 @@ def exception_in(text: str) -> str:
     return " ".join(lines[starts[-1] if starts else 0 :])
 
 
-def ask(question: str, base_url: str, models: Sequence[str] | None, max_tokens: int) -> dict[str, str]:
+def ask(
+    question: str, base_url: str, models: Sequence[str] | None, max_tokens: int, system: str | None = None
+) -> dict[str, str]:
     """Each model's answer to one question, decoded greedily, by model name; all models served when None.
+
+    `system` is the system turn before the question; without one the chat template's own applies.
 
     Raises:
         TenureError: the endpoint cannot be reached, does not know a model, or refuses the request.
     """
     with told_plainly(base_url), connect(base_url) as client:
         names = [model.id for model in client.models.list()] if models is None else models
-        return {name: _answer(client, name, question, max_tokens) for name in names}
+        messages: list[ChatCompletionMessageParam] = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": question})
+        return {name: _answer(client, name, messages, max_tokens) for name in names}
 
 
-def _answer(client: OpenAI, model: str, question: str, max_tokens: int) -> str:
-    reply = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": question}], max_tokens=max_tokens, temperature=0.0
-    )
+def _answer(client: OpenAI, model: str, messages: list[ChatCompletionMessageParam], max_tokens: int) -> str:
+    reply = client.chat.completions.create(model=model, messages=messages, max_tokens=max_tokens, temperature=0.0)
     return reply.choices[0].message.content or ""

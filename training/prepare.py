@@ -20,7 +20,7 @@ from training.workspace import Workspace, read_json, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_VALIDATION_ITEMS = 64
+MAX_VALIDATION_ITEMS = 32
 
 
 @dataclass(frozen=True)
