@@ -258,9 +258,11 @@ class RunSpec(Section):
     data: Data
     suites: Suites
     contract: Contract = Contract()
-    training: Training
     scaling: Scaling = Scaling()
+    training: Training
     export: Export = Export()
+
+    # Checks between sections stand on the later of the two, so that they are made whatever is wrong elsewhere.
 
     @field_validator("model")
     @classmethod
@@ -268,24 +270,28 @@ class RunSpec(Section):
         find = (info.context or {}).get("find_model")
         return str(find(value)) if find else value
 
-    @model_validator(mode="after")
-    def _batches_divide(self) -> RunSpec:
-        size, workers = self.training.global_batch_size, self.scaling.workers
-        micro = self.training.micro_batch_size
+    @field_validator("protections")
+    @classmethod
+    def _combination_is_valid(cls, value: tuple[Protection, ...], info: ValidationInfo) -> tuple[Protection, ...]:
+        reason = refusal(info.data["tuning"], value) if "tuning" in info.data else None
+        if reason:
+            raise fault(*reason)
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _batches_divide(cls, value: Training, info: ValidationInfo) -> Training:
+        if "scaling" not in info.data:
+            return value
+        size, micro, workers = value.global_batch_size, value.micro_batch_size, info.data["scaling"].workers
         share = workers if micro == "auto" else workers * micro
         if size % share:
             nearest = max(share, round(size / share) * share)
             what = f"{workers} workers" if micro == "auto" else f"{workers} workers x micro_batch_size {micro}"
-            at = ("training", "global_batch_size")
-            raise fault(f"{size} does not divide by {what}", f"set global_batch_size: {nearest}", at)
-        return self
-
-    @model_validator(mode="after")
-    def _combination_is_valid(self) -> RunSpec:
-        reason = refusal(self.tuning, self.protections)
-        if reason:
-            raise fault(reason[0], reason[1], ("protections",))
-        return self
+            raise fault(
+                f"{size} does not divide by {what}", f"set global_batch_size: {nearest}", ("global_batch_size",)
+            )
+        return value
 
 
 def refusal(tuning: Full | Lora, protections: tuple[L2sp, ...]) -> tuple[str, str] | None:

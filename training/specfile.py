@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,55 +34,66 @@ def load_spec(
     try:
         return RunSpec.model_validate(data, context=context)
     except ValidationError as error:
-        faults = [_problem(fault, data, path, lines) for fault in error.errors()]
-        raise TenureError(sorted(set(faults), key=lambda fault: _line_of(fault.where))) from None
+        raise TenureError(_problems(error.errors(), data, path, lines)) from None
 
 
-def _line_of(where: str) -> int:
-    match = re.search(r":(\d+):", where)
-    return int(match.group(1)) if match else 0
+def _problems(
+    faults: list[ErrorDetails], data: dict[str, Any], path: Path, lines: dict[Location, int]
+) -> list[Problem]:
+    """One problem a key, in the order of the file.
+
+    Where a key takes this or that, pydantic tells why it is neither; where it takes a section or a list too, and was
+    given one, only the faults inside tell anything.
+    """
+    by_key: dict[Location, list[ErrorDetails]] = {}
+    for fault in faults:
+        by_key.setdefault(_location(fault, data), []).append(fault)
+    told = [key for key in by_key if not any(key != other and key == other[: len(key)] for other in by_key)]
+    problems = [(_line(key, lines), _problem(key, by_key[key], path, lines)) for key in told]
+    return [problem for _, problem in sorted(problems, key=lambda pair: pair[0])]
 
 
-def _problem(fault: ErrorDetails, data: dict[str, Any], path: Path, lines: dict[Location, int]) -> Problem:
-    context = fault.get("ctx", {})
-    location = _without_tags((*fault["loc"], *context.get("at", ())), data)
-    known = location
-    while known not in lines:
-        known = known[:-1]
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    where = f"{path}:{lines[known]}: {key}" if key else f"{path}:{lines[known]}"
-    what, instead = _tell(fault, context)
+def _line(key: Location, lines: dict[Location, int]) -> int:
+    while key not in lines:
+        key = key[:-1]
+    return lines[key]
+
+
+def _problem(key: Location, faults: list[ErrorDetails], path: Path, lines: dict[Location, int]) -> Problem:
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")
+    where = f"{path}:{_line(key, lines)}: {name}" if name else f"{path}:{_line(key, lines)}"
+    what, instead = _tell(faults[0])
     return Problem(what, where, instead)
 
 
-def _without_tags(location: Location, data: Any) -> Location:
-    """The location without the union tags that pydantic puts between the keys of the file."""
+def _location(fault: ErrorDetails, data: Any) -> Location:
+    """Where in the file a fault is: its location without the union tags that pydantic puts between the keys."""
     kept: list[str | int] = []
-    for position, part in enumerate(location):
-        is_last = position == len(location) - 1
+    for part in fault["loc"]:
         inside = isinstance(data, dict) and part in data
         inside = inside or (isinstance(data, list) and isinstance(part, int) and part < len(data))
         if inside:
             kept.append(part)
             data = data[part]
-        elif is_last and isinstance(data, dict):
-            kept.append(part)
-    return tuple(kept)
+    if fault["type"] == "missing":
+        kept.append(fault["loc"][-1])
+    return (*kept, *fault.get("ctx", {}).get("at", ()))
 
 
-def _tell(fault: ErrorDetails, context: dict[str, Any]) -> tuple[str, str]:
+def _tell(fault: ErrorDetails) -> tuple[str, str]:
     """What is wrong and what to set instead, in our words where pydantic's need its documentation."""
-    kind, given = fault["type"], fault["input"]
+    kind, given, location = fault["type"], fault["input"], fault["loc"]
+    context = fault.get("ctx", {})
     if kind == "tenure":
         return context["what"], context["instead"]
     if kind == "extra_forbidden":
-        return f"unknown key '{fault['loc'][-1]}'", _nearest(str(fault["loc"][-1]), _keys_at(fault["loc"][:-1]))
+        known = sorted(_schema_at(location[:-1]).get("properties", {}))
+        return f"unknown key '{location[-1]}'", _nearest(str(location[-1]), known)
     if kind == "missing":
         return "this key is missing", "add it"
-    if kind in ("literal_error", "union_tag_invalid"):
-        expected = re.findall(r"'([^']+)'", str(context.get("expected") or context.get("expected_tags")))
-        shown = given.get(_tag_name(context)) if kind == "union_tag_invalid" else given
-        return f"{shown!r} is not known here", _nearest(str(shown), expected)
+    if kind == "union_tag_invalid":
+        shown = given.get(_tag_name(context))
+        return f"{shown!r} is not known here", _nearest(str(shown), _quoted(context["expected_tags"]))
     if kind == "union_tag_not_found":
         name = _tag_name(context)
         return f"the key '{name}' is missing", f"say which with {name}: ..."
@@ -90,7 +102,47 @@ def _tell(fault: ErrorDetails, context: dict[str, Any]) -> tuple[str, str]:
     if kind == "value_error":
         what, _, instead = str(context["error"]).partition(" -> ")
         return what, instead
-    return f"{fault['msg'][0].lower()}{fault['msg'][1:]}, not {given!r}", ""
+    return _tell_value(given, _schema_at(location))
+
+
+def _tell_value(given: Any, schema: dict[str, Any]) -> tuple[str, str]:
+    """A value that is none of those that its key takes."""
+    wanted = [_describe(member) for member in schema.get("anyOf", [schema]) if member.get("type") != "null"]
+    words = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    if words:
+        return f"{given!r} is not known here", _nearest(str(given), words)
+    instead = f"give {' or '.join(wanted)}"
+    if given is None or given == "":
+        return "there is no value here", instead
+    shown = reprlib.repr(given)
+    return f"{shown} is neither {' nor '.join(wanted)}" if len(wanted) > 1 else f"{shown} is not {wanted[0]}", instead
+
+
+def _describe(schema: dict[str, Any]) -> str:
+    """The values that a part of the JSON Schema takes, in words."""
+    if "const" in schema:
+        return f"'{schema['const']}'"
+    if "enum" in schema:
+        return " or ".join(f"'{word}'" for word in schema["enum"])
+    kind = schema.get("type")
+    if kind in ("integer", "number"):
+        return f"{'a whole number' if kind == 'integer' else 'a number'}{_bounds(schema)}"
+    if kind == "array":
+        least = schema.get("minItems", 0)
+        return f"a list of {least} or more" if least else "a list"
+    return {"boolean": "true or false", "string": "text"}.get(str(kind), "a section of keys and values")
+
+
+def _bounds(schema: dict[str, Any]) -> str:
+    if "minimum" in schema and "maximum" in schema:
+        return f" from {schema['minimum']:g} to {schema['maximum']:g}"
+    if "minimum" in schema:
+        return f" of at least {schema['minimum']:g}"
+    return f" above {schema['exclusiveMinimum']:g}" if "exclusiveMinimum" in schema else ""
+
+
+def _quoted(text: str) -> list[str]:
+    return re.findall(r"'([^']+)'", text)
 
 
 def _tag_name(context: dict[str, Any]) -> str:
@@ -103,17 +155,19 @@ def _nearest(given: str, valid: list[str]) -> str:
     return f"did you mean '{close[0]}'? known: {known}" if close else f"known: {known}"
 
 
-def _keys_at(location: tuple[str | int, ...]) -> list[str]:
-    """The keys that the section at a location takes, found by walking the JSON Schema."""
+def _schema_at(location: tuple[str | int, ...]) -> dict[str, Any]:
+    """The JSON Schema of what stands at a location: keys, indices and the tags of unions."""
     schema = RunSpec.model_json_schema()
     here: dict[str, Any] = schema
     for part in location:
         if isinstance(part, int):
-            here = here.get("items", {})
+            lists = [member for member in here.get("anyOf", [here]) if "items" in member]
+            here = lists[0]["items"]
         elif "discriminator" in here:
             here = {"$ref": here["discriminator"]["mapping"][part]}
         else:
-            here = here.get("properties", {}).get(part, {})
+            # A part that is no key is the tag of a union's member, which the union's own schema tells more about.
+            here = here.get("properties", {}).get(part, here)
         while "$ref" in here:
             here = schema["$defs"][here["$ref"].rsplit("/", 1)[1]]
-    return sorted(here.get("properties", {}))
+    return here
