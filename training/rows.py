@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,29 +56,47 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     Raises:
         TenureError: the first row that is not UTF-8 or not a JSON object, or a file without rows.
     """
+    for where, line in _lines(path):
+        try:
+            row = _parse(line)
+        except RowFault as fault:
+            raise TenureError(Problem(fault.what, where, fault.instead)) from None
+        yield where, row
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Each line that is not blank, with its place; a byte order mark at the start of the file is passed over."""
     count = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if line.strip():
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if text.strip():
                 count += 1
-                where = f"{path} row {number}"
-                yield where, _parse(line, where)
+                yield f"{path} row {number}", text.rstrip(b"\r\n")
     if not count:
         raise TenureError(Problem("the file holds no rows", str(path), "write one JSON object per line"))
 
 
-def _parse(line: bytes, where: str) -> Row:
+def _parse(line: bytes) -> Row:
     try:
         row = json.loads(line.decode("utf-8"))
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        raise TenureError(Problem(f"not UTF-8 (byte {error.start})", where, "save the file as UTF-8")) from None
+        raise RowFault(f"not UTF-8 (byte {error.start})", "save the file as UTF-8") from None
+    except UnicodeEncodeError:
+        raise RowFault(
+            "half of a surrogate pair, which is no character", r"write both halves of \ud83d\ude00"
+        ) from None
     except json.JSONDecodeError as error:
         what = f"not valid JSON: {error.msg} at column {error.colno}"
-        raise TenureError(Problem(what, where, "write one JSON object per line")) from None
+        raise RowFault(what, "write one JSON object per line") from None
+    except ValueError as error:
+        raise RowFault(f"not valid JSON: {error}", "write such a number as text") from None
     except RecursionError:
-        raise TenureError(Problem("nested too deeply", where, "write one flat JSON object per line")) from None
+        raise RowFault("nested too deeply", "write one flat JSON object per line") from None
     if not isinstance(row, dict):
-        raise TenureError(Problem(f"a {type(row).__name__}, not an object", where, 'write {"column": value, ...}'))
+        raise RowFault(f"a {type(row).__name__}, not an object", 'write {"column": value, ...}')
     return row
 
 
@@ -96,9 +115,9 @@ def read_items(suite: ExactMatch | Accuracy | CrossEntropy) -> list[SuiteItem]:
 def _read_all(path: Path, build: Any, limit: int | None = None) -> list[Any]:
     built: list[Any] = []
     problems: list[Problem] = []
-    for where, row in read_rows(path):
+    for where, line in _lines(path):
         try:
-            built.append(build(row, where))
+            built.append(build(_parse(line), where))
         except RowFault as fault:
             problems.append(Problem(fault.what, where, fault.instead))
         if len(problems) == MAX_PROBLEMS or (limit is not None and len(built) == limit):
@@ -192,10 +211,18 @@ def fill_text(text: str, row: Row) -> str:
 def _fill_template(source: str, row: Row) -> str:
     try:
         return _template(source).render(row)
-    except TemplateError as error:
-        raise RowFault(f"the template {source!r} failed: {error}", f"columns here: {', '.join(row)}") from None
+    except (TemplateError, *_TEMPLATE_FAULTS) as error:
+        reason = str(error) or type(error).__name__
+        raise RowFault(f"the template {source!r} failed: {reason}", f"columns here: {', '.join(row)}") from None
+
+
+# What an expression over a row's values can raise beside Jinja's own errors.
+_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 
 
 @lru_cache(maxsize=64)
 def _template(source: str) -> Template:
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
+    """A sandboxed template; without Jinja's globals (range among them) it can only loop over what a row holds."""
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.globals.clear()
+    return environment.from_string(source)
