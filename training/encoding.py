@@ -78,7 +78,8 @@ def segments(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, cha
     messages = conversation.messages
     if not chat:
         end = tokenizer.eos_token or ""
-        return [Segment(_plain_prompt(messages), False), Segment(messages[-1]["content"] + end, True)]
+        prompt = _plain_prompt(messages)
+        return [Segment(prompt, False), Segment(spaced(prompt, messages[-1]["content"]) + end, True)]
     cut: list[Segment] = []
     done = ""
     for index, turn in enumerate(messages):
@@ -99,6 +100,12 @@ def _plain_prompt(messages: Messages) -> str:
     return "\n".join(turn["content"] for turn in messages[:-1])
 
 
+def spaced(prompt: str, completion: str) -> str:
+    """A plain completion with the space that parts it from its prompt, unless one of them brings its own."""
+    needs = bool(prompt) and not prompt[-1].isspace() and not completion[:1].isspace()
+    return f" {completion}" if needs else completion
+
+
 def _until_end_token(text: str, end: str | None) -> str:
     """An answer up to and including its end token: what the template writes after it is never generated."""
     return text[: text.rindex(end) + len(end)] if end and end in text else text
@@ -109,17 +116,26 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, chat:
     ids: list[int] = []
     is_target: list[bool] = []
     for position, segment in enumerate(segments(tokenizer, conversation, chat)):
-        special = position == 0 and not chat
-        piece = tokenizer(segment.text, add_special_tokens=special)["input_ids"] if segment.text else []
-        piece = _without_end(piece, tokenizer.eos_token_id) if special else piece
+        with_start = position == 0 and not chat
+        piece = prompt_ids(tokenizer, segment.text) if with_start else text_ids(tokenizer, segment.text)
         ids += piece
         is_target += [segment.is_target] * len(piece)
     return Encoded(tuple(ids), tuple(is_target))
 
 
-def _without_end(ids: list[int], end: int | None) -> list[int]:
-    """A prompt's ids without the end token that some tokenizers add."""
-    return ids[:-1] if ids and ids[-1] == end else ids
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of rendered text, or of an answer: nothing is added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a plain prompt: the tokenizer's own start tokens and the text, without the end that some add."""
+    bare = text_ids(tokenizer, _ANY_TEXT)
+    started = list(tokenizer(_ANY_TEXT)["input_ids"])
+    return started[: started.index(bare[0])] + text_ids(tokenizer, text)
+
+
+_ANY_TEXT = "a"
 
 
 def encode_all(

@@ -14,18 +14,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from training.encoding import load_tokenizer, text_ids
 from training.models import hash_file, hash_folder
 from training.rows import SuiteItem, read_items
 from training.scorecard import Probe
 from training.spec import Accuracy, CrossEntropy, ExactMatch, RunSpec
-from training.suites import AnySuite, RenderedItem, render_item
+from training.suites import AnySuite, RenderedItem, context_ids, render_item
 from training.workspace import Workspace, read_json, write_json
+
+if TYPE_CHECKING:
+    from training.harness import HarnessModel
 
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 48
-_SCORING_VERSION = 1
+_SCORING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def score_model(job: ScoreJob) -> float:
         started = time.monotonic()
         spec = RunSpec.model_validate(job.spec)
         language_model = _load(job)
-        suites = _score_suites(spec.suites.all, language_model)
+        suites = {suite.name: _score_suite(suite, language_model) for suite in spec.suites.all}
         probes = _probe(spec.suites.all, language_model)
         seconds = time.monotonic() - started
         answers = {name: [vars(answer) for answer in answers] for name, answers in suites.items()}
@@ -109,15 +113,16 @@ def scoring_precision(gpus: int) -> str:
     return "bfloat16" if gpus else "float32"
 
 
-def _load(job: ScoreJob) -> Any:
+def _load(job: ScoreJob) -> HarnessModel:
     import torch
-    from lm_eval.models.huggingface import HFLM
+
+    from training.harness import HarnessModel
 
     gpu = torch.cuda.is_available()
     path = job.base if job.is_adapter or job.artifact is None else job.artifact
-    return HFLM(
+    return HarnessModel(
         pretrained=path,
-        tokenizer=job.base,
+        tokenizer=load_tokenizer(Path(job.base)),
         peft=job.artifact if job.is_adapter else None,
         dtype=scoring_precision(int(gpu)),
         device="cuda" if gpu else "cpu",
@@ -126,26 +131,20 @@ def _load(job: ScoreJob) -> Any:
     )
 
 
-def _score_suites(suites: tuple[AnySuite, ...], language_model: Any) -> dict[str, list[Answered]]:
-    """Every item's answer by suite, in order, from the harness's own sample log.
+def _score_suite(suite: AnySuite, language_model: HarnessModel) -> list[Answered]:
+    """Every item's answer, in order, from the harness's own sample log.
 
     The harness's `evaluate` is called below its `simple_evaluate`, which spends ten seconds describing the machine.
     """
     from lm_eval.evaluator import evaluate
 
-    items = {suite.name: read_items(suite) for suite in suites}
-    tasks = {}
-    for suite in suites:
-        rendered = [render_item(suite, item, language_model.tokenizer) for item in items[suite.name]]
-        tasks[suite.name] = _harness_task(suite, rendered)
-    results = evaluate(language_model, tasks, bootstrap_iters=0, log_samples=True)
+    items = read_items(suite)
+    language_model.suite = suite
+    task = _harness_task(suite, [render_item(suite, item, language_model.tokenizer) for item in items])
+    results = evaluate(language_model, {suite.name: task}, bootstrap_iters=0, log_samples=True)
     assert results is not None
-    answered = {}
-    for suite in suites:
-        samples = sorted(results["samples"][suite.name], key=lambda sample: int(sample["doc_id"]))
-        pairs = zip(items[suite.name], samples, strict=True)
-        answered[suite.name] = [_answered(suite, item, sample) for item, sample in pairs]
-    return answered
+    samples = sorted(results["samples"][suite.name], key=lambda sample: int(sample["doc_id"]))
+    return [_answered(suite, item, sample) for item, sample in zip(items, samples, strict=True)]
 
 
 def _harness_task(suite: AnySuite, rendered: list[RenderedItem]) -> Any:
@@ -217,15 +216,11 @@ def _answered(suite: AnySuite, item: SuiteItem, sample: dict[str, Any]) -> Answe
         likelihoods = [float(response[0]) for response in sample["filtered_resps"]]
         chosen = max(range(len(likelihoods)), key=likelihoods.__getitem__)
         return Answered(item.prompt, item.completion, item.choices[chosen], float(sample["acc"]), 1.0)
-    score = sample["cross_entropy"]
-    return Answered(item.prompt, item.completion, f"{score:.4f} nats per byte", score, _num_bytes(item))
+    score, num_bytes = sample["cross_entropy"], len(sample["doc"]["target"].encode())
+    return Answered(item.prompt, item.completion, f"{score:.4f} nats per byte", score, float(num_bytes))
 
 
-def _num_bytes(item: SuiteItem) -> float:
-    return float(len(item.completion.encode()))
-
-
-def _probe(suites: tuple[AnySuite, ...], language_model: Any) -> list[dict[str, Any]]:
+def _probe(suites: tuple[AnySuite, ...], language_model: HarnessModel) -> list[dict[str, Any]]:
     """Teacher-forced log-probabilities of a few prompts, which the endpoint must agree with before it is used."""
     import torch
 
@@ -234,7 +229,7 @@ def _probe(suites: tuple[AnySuite, ...], language_model: Any) -> list[dict[str, 
     for suite in suites[:PROBE_PROMPTS]:
         item = read_items(suite.model_copy(update={"limit": 1}))[0]
         rendered = render_item(suite, item, tokenizer)
-        ids = tokenizer(rendered.prompt + rendered.target, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]
+        ids = (context_ids(suite, rendered.prompt, tokenizer) + text_ids(tokenizer, rendered.target))[:PROBE_TOKENS]
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
         given = logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:], device=logits.device)[:, None])

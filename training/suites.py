@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from training.encoding import Encoded, render_prompt, wants_chat
+from training.encoding import Encoded, prompt_ids, render_prompt, spaced, text_ids, wants_chat
 from training.rows import SuiteItem
 from training.spec import Accuracy, CrossEntropy, ExactMatch
 
@@ -25,12 +25,6 @@ class RenderedItem:
     right: int
 
 
-def spaced(prompt: str, completion: str) -> str:
-    """A plain completion with the space that parts it from its prompt, unless one of them brings its own."""
-    needs = bool(prompt) and not prompt[-1].isspace() and not completion[:1].isspace()
-    return f" {completion}" if needs else completion
-
-
 def render_item(suite: AnySuite, item: SuiteItem, tokenizer: PreTrainedTokenizerBase) -> RenderedItem:
     """The rendered item, by the chat template where the suite asks for it."""
     if wants_chat(suite.chat, tokenizer, item.where):
@@ -45,11 +39,19 @@ def render_item(suite: AnySuite, item: SuiteItem, tokenizer: PreTrainedTokenizer
 def encode_item(suite: AnySuite, item: SuiteItem, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Token ids of an item with loss on its right answer, cut on the left to max_length."""
     rendered = render_item(suite, item, tokenizer)
-    chat = wants_chat(suite.chat, tokenizer, item.where)
-    prompt = tokenizer(rendered.prompt, add_special_tokens=not chat)["input_ids"] if rendered.prompt else []
-    answer = tokenizer(rendered.target, add_special_tokens=False)["input_ids"]
-    if chat and suite.metric == "exact_match" and tokenizer.eos_token_id is not None:
+    prompt = context_ids(suite, rendered.prompt, tokenizer)
+    answer = text_ids(tokenizer, rendered.target)
+    if suite.metric == "exact_match" and tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]
     ids = [*prompt, *answer]
     is_target = [False] * len(prompt) + [True] * len(answer)
     return Encoded(tuple(ids[-max_length:]), tuple(is_target[-max_length:]))
+
+
+def context_ids(suite: AnySuite, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a rendered prompt. Text without a prompt is scored from its first token on, after one start token."""
+    if not prompt:
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        return [] if start is None else [start]
+    chat = wants_chat(suite.chat, tokenizer, suite.name)
+    return text_ids(tokenizer, prompt) if chat else prompt_ids(tokenizer, prompt)

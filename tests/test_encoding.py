@@ -1,0 +1,171 @@
+"""Token ids and loss masks: what is learned, and that prompts are tokenised as serving does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import END, START, make_tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from training.encoding import Encoded, encode, encode_all, load_tokenizer, render_prompt, wants_chat
+from training.errors import TenureError
+from training.rows import Conversation
+
+SINGLE = Conversation(({"role": "user", "content": "what is 3+4"}, {"role": "assistant", "content": "7"}), "f row 1")
+MULTI = Conversation(
+    (
+        {"role": "system", "content": "You add."},
+        {"role": "user", "content": "3+4?"},
+        {"role": "assistant", "content": "It is 7.\n"},
+        {"role": "user", "content": "and 1?"},
+        {"role": "assistant", "content": "8"},
+    ),
+    "f row 2",
+)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tiny_tokenizer()
+
+
+@pytest.fixture
+def starting() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a start token before every text, and an end token after it."""
+    made = make_tiny_tokenizer()
+    pairs = [(token, made.convert_tokens_to_ids(token)) for token in (START, END)]
+    made.backend_tokenizer.post_processor = TemplateProcessing(single=f"{START} $A {END}", special_tokens=pairs)
+    assert made("a")["input_ids"] == [pairs[0][1], *made("a", add_special_tokens=False)["input_ids"], pairs[1][1]]
+    return made
+
+
+def pieces(tokenizer: PreTrainedTokenizerFast, example: Encoded) -> list[tuple[str, bool]]:
+    """The example's text, cut where loss starts and stops."""
+    runs: list[tuple[list[int], bool]] = []
+    for token, is_target in zip(example.ids, example.is_target, strict=True):
+        if not runs or runs[-1][1] != is_target:
+            runs.append(([], is_target))
+        runs[-1][0].append(token)
+    return [(str(tokenizer.decode(ids)), is_target) for ids, is_target in runs]
+
+
+def test_a_single_turn_carries_loss_on_the_answer_and_its_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert pieces(tokenizer, encode(tokenizer, SINGLE, chat=True)) == [
+        (f"{START}user\nwhat is 3+4{END}\n{START}assistant\n", False),
+        (f"7{END}", True),
+    ]
+
+
+def test_every_assistant_turn_carries_loss_and_nothing_else(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert pieces(tokenizer, encode(tokenizer, MULTI, chat=True)) == [
+        (f"{START}system\nYou add.{END}\n{START}user\n3+4?{END}\n{START}assistant\n", False),
+        (f"It is 7.\n{END}", True),
+        (f"\n{START}user\nand 1?{END}\n{START}assistant\n", False),
+        (f"8{END}", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "target"),
+    [("what is 3+4", "7", " 7"), ("what is 3+4\n", "7", "7"), ("what is 3+4", "\n7", "\n7"), ("", "7", "7")],
+)
+def test_a_plain_answer_is_parted_from_its_prompt_by_one_space(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str, target: str
+) -> None:
+    turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
+    found = pieces(tokenizer, encode(tokenizer, Conversation(turns, ""), chat=False))
+    assert found == [(prompt, False)] * bool(prompt) + [(f"{target}{END}", True)]
+
+
+def test_prompt_ids_are_those_that_serving_gives_the_model(tokenizer: PreTrainedTokenizerFast) -> None:
+    for conversation in (SINGLE, MULTI):
+        for index, turn in enumerate(conversation.messages):
+            if turn["role"] == "assistant":
+                served = tokenizer.apply_chat_template(
+                    list(conversation.messages[:index]), add_generation_prompt=True, tokenize=True, return_dict=False
+                )
+                assert list(encode(tokenizer, conversation, chat=True).ids[: len(served)]) == served
+
+
+def test_an_added_start_token_comes_once_before_plain_prompts_and_never_before_chat(
+    starting: PreTrainedTokenizerFast,
+) -> None:
+    assert pieces(starting, encode(starting, SINGLE, chat=False)) == [
+        (f"{START}what is 3+4", False),
+        (f" 7{END}", True),
+    ]
+    served = starting.apply_chat_template(
+        list(SINGLE.messages[:1]), add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    chat = encode(starting, SINGLE, chat=True)
+    assert list(chat.ids[: len(served)]) == served
+    assert pieces(starting, chat)[0][0].count(START) == 2  # one a turn: the template's own
+
+
+def test_what_a_template_writes_after_the_end_token_is_not_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = tokenizer.chat_template.replace("'\\n' }}{% endfor", "'\\n-- next --\\n' }}{% endfor")
+    assert pieces(tokenizer, encode(tokenizer, SINGLE, chat=True))[-1] == (f"7{END}", True)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    dropping = "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}"
+    tokenizer.chat_template = (
+        dropping + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert encode(tokenizer, SINGLE, chat=True).num_targets == 2
+    with pytest.raises(TenureError, match="rewrites earlier turns") as caught:
+        encode(tokenizer, MULTI, chat=True)
+    assert caught.value.problems[0].where == "f row 2"
+
+
+def test_chat_needs_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert wants_chat("auto", tokenizer, "f")
+    assert not wants_chat(False, tokenizer, "f")
+    tokenizer.chat_template = None
+    assert not wants_chat("auto", tokenizer, "f")
+    with pytest.raises(TenureError, match="f: chat is asked for, but the model has no chat template"):
+        wants_chat(True, tokenizer, "f")
+
+
+def of_lengths(*answers: int) -> list[Conversation]:
+    """Plain conversations with answers of so many characters, which are tokens."""
+    return [
+        Conversation(({"role": "user", "content": "q\n"}, {"role": "assistant", "content": "x" * count}), f"f row {n}")
+        for n, count in enumerate(answers, start=1)
+    ]
+
+
+def test_overlong_rows_are_refused_dropped_or_truncated_and_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = of_lengths(3, 7, 8, 20)  # 2 + answer + end token: 6, 10, 11, 23
+    with pytest.raises(TenureError) as caught:
+        encode_all(tokenizer, rows, chat=False, max_length=10, overlong="refuse")
+    (problem,) = caught.value.problems
+    assert problem.where == "f row 3"
+    assert problem.what == "2 rows are longer than max_length 10 (the longest has 23 tokens)"
+    assert "training.max_length: 23" in problem.instead
+    dropped, count = encode_all(tokenizer, rows, chat=False, max_length=10, overlong="drop")
+    assert ([len(example.ids) for example in dropped], count) == ([6, 10], 2)
+    cut, count = encode_all(tokenizer, rows, chat=False, max_length=10, overlong="truncate")
+    assert ([len(example.ids) for example in cut], count) == ([6, 10, 10, 10], 2)
+    assert [example.num_targets for example in cut] == [4, 8, 8, 8]
+    whole, count = encode_all(tokenizer, rows, chat=False, max_length=23, overlong="refuse")
+    assert ([len(example.ids) for example in whole], count) == ([6, 10, 11, 23], 0)
+
+
+def test_rows_whose_answer_is_cut_away_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(TenureError, match=r"f row 1: no target token is left to learn \(2 rows like this\)"):
+        encode_all(tokenizer, of_lengths(3, 4), chat=False, max_length=2, overlong="truncate")
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(tmp_path: Path) -> None:
+    made = make_tiny_tokenizer()
+    made.pad_token = None
+    made.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token_id == made.eos_token_id
+
+
+def test_a_rendered_prompt_ends_with_the_assistants_header(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert render_prompt(tokenizer, SINGLE.messages[:1]) == f"{START}user\nwhat is 3+4{END}\n{START}assistant\n"
