@@ -60,6 +60,7 @@ def score_suite(
     contract: Contract,
 ) -> SuiteScore:
     """Both scores of a suite, their difference with its interval, and whether its promise is kept."""
+    items = tuple(_item(index, *pair) for index, pair in enumerate(zip(base, tuned, strict=True)))
     lower_is_better = isinstance(suite, CrossEntropy)
     weights = np.array([answer.weight for answer in base])
     before = np.array([answer.score for answer in base])
@@ -79,7 +80,7 @@ def score_suite(
         interval=bootstrap_interval(gains, weights),
         threshold=threshold,
         kept=change >= threshold if role == "target" else -change <= threshold,
-        items=tuple(_item(index, *pair) for index, pair in enumerate(zip(base, tuned, strict=True))),
+        items=items,
     )
 
 

@@ -20,7 +20,8 @@ from training.workspace import Workspace, read_json, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_VALIDATION_ITEMS = 32
+# Raised when the same files and settings come to give other token ids.
+_ENCODING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def _content_key(spec: RunSpec) -> str:
     files = [model / name for name in deciding if (model / name).is_file()]
     files += [source.path for source in (*spec.data.train, *spec.suites.all)]
     parts = {
+        "encoding": _ENCODING_VERSION,
         "files": [hash_file(file) for file in files],
         "data": spec.data.model_dump(mode="json"),
         "suites": spec.suites.model_dump(mode="json"),
