@@ -20,6 +20,7 @@ from training.workspace import Workspace, read_json, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_VALIDATION_ITEMS = 32
 # Raised when the same files and settings come to give other token ids.
 _ENCODING_VERSION = 2
 
