@@ -66,7 +66,7 @@ def load_checkpoint(checkpoint: Path, engine: Any, protections: list[AttachedPro
     loaded, _ = engine.load_checkpoint(str(checkpoint), tag=_ENGINE, load_module_strict=False)
     if loaded is None:
         raise fail("DeepSpeed could not load the checkpoint", str(checkpoint), "see the worker's log")
-    state = torch.load(_rank_file(checkpoint), weights_only=False)
+    state = torch.load(_rank_file(checkpoint), weights_only=True)
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import sys
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 
@@ -11,17 +13,23 @@ from training.plan import Plan
 from training.spec import RunSpec, Training
 
 _NEVER = 10**9
+# DeepSpeed's own 500 million elements are allocated at every step of ZeRO 2, whatever the model's size.
+_BUCKET_ELEMENTS = 50_000_000
 
 
 def deepspeed_config(spec: RunSpec, plan: Plan) -> dict[str, Any]:
     """DeepSpeed's configuration; every value follows from the spec and the plan."""
     half = spec.training.precision == "bf16"
+    clipping = 0.0 if _is_plain(spec, plan) else spec.training.max_grad_norm or 0.0
     config: dict[str, Any] = {
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
-        "gradient_clipping": spec.training.max_grad_norm or 0.0,
-        "zero_optimization": {"stage": plan.zero_stage},
+        "gradient_clipping": clipping,
+        "zero_optimization": {
+            "stage": plan.zero_stage,
+            "reduce_bucket_size": min(_BUCKET_ELEMENTS, max(1, plan.trainable_parameters)),
+        },
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": half},
         "communication_data_type": "fp32",
@@ -44,14 +52,51 @@ def build_optimizer(model: torch.nn.Module, training: Training) -> torch.optim.O
 
 def start_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, spec: RunSpec, plan: Plan) -> Any:
     """A DeepSpeed engine around the model, over the process group that Ray Train made."""
-    import deepspeed
-    import deepspeed.ops
-
-    # None of DeepSpeed's own operators is used; probing for them runs compilers, and on a CPU builds one for a minute.
-    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    deepspeed = _import_deepspeed()
     config = deepspeed_config(spec, plan)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if _is_plain(spec, plan):
+        _clip_before_step(optimizer, spec.training.max_grad_norm or math.inf)
     return engine
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, less what costs time at its start and is not used here.
+
+    Its autotuner imports MLflow where there is one, for 1.5 s in every worker. Probing for its own operators runs
+    compilers, and on a CPU builds one for a minute.
+    """
+    hidden = {"mlflow": None} if "mlflow" not in sys.modules else {}
+    sys.modules.update(cast(dict[str, ModuleType], hidden))  # None makes an import fail, and DeepSpeed go without
+    try:
+        import deepspeed
+        import deepspeed.ops
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    return deepspeed
+
+
+def _is_plain(spec: RunSpec, plan: Plan) -> bool:
+    """Whether DeepSpeed steps over the parameters themselves, with the client optimizer as it is."""
+    return plan.zero_stage == 0 and spec.training.precision == "fp32"
+
+
+def _clip_before_step(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Clip in a hook, and leave the norm where DeepSpeed looks for it: its own clipping at ZeRO 0 throws it away."""
+
+    def clip(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        vars(optimizer)["_global_grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    optimizer.register_step_pre_hook(clip)
+
+
+def grad_norm(engine: Any) -> float | None:
+    """The norm of the last step's whole gradient, before clipping; None when it is not finite."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None and math.isfinite(norm) else None
 
 
 def learning_rate(training: Training, plan: Plan, step: int) -> float:

@@ -7,10 +7,11 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 
-import torch
+from safetensors import SafetensorError
 
 from training.errors import TenureError, fail
 
@@ -20,44 +21,58 @@ def output_to(log: Path) -> Iterator[None]:
     """Send this process's standard output and error, those of C libraries included, to the end of a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab", buffering=0) as stream:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         kept = [os.dup(1), os.dup(2)]
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         try:
             yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            _flush()
             for target, saved in enumerate(kept, start=1):
                 os.dup2(saved, target)
                 os.close(saved)
 
 
+def _flush() -> None:
+    """A log that cannot be written (a full disk) must not take the place of the fault that it is about."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+
+
 @contextmanager
 def explained_at(logs: Path) -> Iterator[None]:
-    """Raise a TenureError in place of out of memory, a full disk and other errors of the operating system."""
+    """Raise a TenureError in place of out of memory, a full disk and other errors of the operating system.
+
+    The traceback of whatever is raised is printed, which in a worker means to its log.
+    """
     try:
-        yield
-    except TenureError:
-        raise
-    except torch.OutOfMemoryError as error:
-        traceback.print_exc()
-        raise fail(_first_line(error), str(logs), _LESS_MEMORY) from None
-    except MemoryError:
-        traceback.print_exc()
-        raise fail("out of memory", str(logs), _LESS_MEMORY) from None
-    except OSError as error:
-        traceback.print_exc()
-        raise fail(_tell_os_error(error), str(error.filename or logs), _mend_os_error(error)) from None
-    except RuntimeError as error:
-        traceback.print_exc()
-        if is_out_of_memory(error):
-            raise fail(_first_line(error), str(logs), _LESS_MEMORY) from None
-        if is_disk_full(error):
-            raise fail("no space is left on the disk", str(logs), _FREE_SPACE) from None
-        raise
+        with ExitStack() as stack:
+            stack.push(_print_traceback)
+            yield
+    except (MemoryError, OSError, RuntimeError, SafetensorError) as error:
+        explained = explain(error, logs)
+        if explained is None:
+            raise
+        raise explained from None
+
+
+def _print_traceback(kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    if error is not None and not isinstance(error, TenureError):
+        with suppress(OSError):
+            traceback.print_exception(kind, error, at)
+
+
+def explain(error: Exception, logs: Path) -> TenureError | None:
+    """What a user can do about an error of memory, disk or the operating system; None when it is none of these."""
+    if is_out_of_memory(error):
+        return fail(_first_line(error) or "out of memory", str(logs), _LESS_MEMORY)
+    if is_disk_full(error):
+        return fail("no space is left on the disk", str(getattr(error, "filename", None) or logs), _FREE_SPACE)
+    if isinstance(error, OSError):
+        return fail(error.strerror or str(error), str(error.filename or logs), "see the worker's log")
+    return None
 
 
 _LESS_MEMORY = "lower training.micro_batch_size or max_length, raise scaling.zero_stage, or use tuning.type: lora"
@@ -65,24 +80,17 @@ _FREE_SPACE = "free some space, then: tenure resume RUN continues from the last 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch's CPU or GPU allocator says that there is no memory left."""
+    """Whether Python, or torch's CPU or GPU allocator, says that there is no memory left."""
     text = str(error).lower()
-    return "can't allocate memory" in text or "out of memory" in text
+    return isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether torch's or safetensors' writer ran out of disk, which they tell in words alone."""
+    """Whether a write ran out of disk, which torch's and safetensors' writers tell in words alone."""
     text = str(error).lower()
-    return "no space left" in text or "file write failed" in text or "enforce fail at inline_container" in text
-
-
-def _tell_os_error(error: OSError) -> str:
-    return "no space is left on the disk" if error.errno == errno.ENOSPC else f"{error.strerror or error}"
-
-
-def _mend_os_error(error: OSError) -> str:
-    return _FREE_SPACE if error.errno == errno.ENOSPC else "see the worker's log"
+    words = ("no space left", "file write failed", "enforce fail at inline_container")
+    return getattr(error, "errno", None) == errno.ENOSPC or any(word in text for word in words)
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip().splitlines() or [""])[0]

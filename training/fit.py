@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from training.errors import TenureError, fail
 from training.spec import Scaling
 from training.worker import train_worker
 from training.workspace import RunFolder
+
+# Ray Train looks after its workers every two seconds, and starts a process that tells workers of planned preemptions,
+# which these workers, who write checkpoints of their own, would not hear.
+_RAY_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 def fit(job: dict[str, Any], scaling: Scaling, folder: RunFolder) -> None:
@@ -20,6 +25,8 @@ def fit(job: dict[str, Any], scaling: Scaling, folder: RunFolder) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    for name, value in _RAY_TRAIN.items():
+        os.environ.setdefault(name, value)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=job,

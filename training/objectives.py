@@ -37,6 +37,7 @@ class SftLoss:
         self._index = wanted.nonzero().squeeze(1)
         if self._index.numel() == 0:
             self._index = labels.new_zeros(1)
-            return model(input_ids=batch["input_ids"], use_cache=False).logits.sum().float() * 0.0
+            nothing: torch.Tensor = model(input_ids=batch["input_ids"], use_cache=False).logits.sum().float() * 0.0
+            return nothing
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         return functional.cross_entropy(logits.float(), following[wanted], reduction="sum")

@@ -25,36 +25,43 @@ class AttachedProtection(Protocol):
 
 
 def shards(optimizer: torch.optim.Optimizer) -> Shards:
-    """This rank's fp32 masters (at ZeRO 0 in fp32: the parameters), in the optimizer's order."""
+    """What the client optimizer steps over now: at ZeRO 3 nothing between steps, and one sub-group in a step."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def masters(engine: Any, optimizer: torch.optim.Optimizer) -> Shards:
+    """All of this rank's fp32 masters (at ZeRO 0 in fp32: the parameters), in the optimizer's order."""
+    return list(getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or shards(optimizer))
 
 
 class AttachedL2sp:
     """Adds strength * (theta - theta_0) to the gradient: the derivative of L2-SP, arXiv 1802.01483."""
 
-    def __init__(self, protection: L2sp, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, protection: L2sp, engine: Any, optimizer: torch.optim.Optimizer) -> None:
         self._strength = protection.strength
-        self._anchors = [shard.detach().float().clone() for shard in shards(optimizer)]
+        self._anchors = {shard: shard.detach().float().clone() for shard in masters(engine, optimizer)}
         optimizer.register_step_pre_hook(self._pull)
 
     @torch.no_grad()
     def _pull(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for shard, anchor in zip(shards(optimizer), self._anchors, strict=True):
+        for shard in shards(optimizer):
             if shard.grad is not None:
-                shard.grad.add_((shard - anchor).to(shard.grad.dtype), alpha=self._strength)
+                shard.grad.add_((shard - self._anchors[shard]).to(shard.grad.dtype), alpha=self._strength)
 
     def state(self) -> dict[str, Any]:
-        return {"anchors": self._anchors}
+        return {"anchors": list(self._anchors.values())}
 
     def restore(self, state: dict[str, Any]) -> None:
-        for anchor, saved in zip(self._anchors, state["anchors"], strict=True):
+        for anchor, saved in zip(self._anchors.values(), state["anchors"], strict=True):
             anchor.copy_(saved)
 
 
-Attach = Callable[[Any, torch.optim.Optimizer], AttachedProtection]
+Attach = Callable[[Any, Any, torch.optim.Optimizer], AttachedProtection]
 PROTECTIONS: dict[type, Attach] = {L2sp: AttachedL2sp}
 
 
-def attach_all(protections: tuple[L2sp, ...], optimizer: torch.optim.Optimizer) -> list[AttachedProtection]:
+def attach_all(
+    protections: tuple[L2sp, ...], engine: Any, optimizer: torch.optim.Optimizer
+) -> list[AttachedProtection]:
     """Hook every protection of the spec to the client optimizer, in the spec's order."""
-    return [PROTECTIONS[type(protection)](protection, optimizer) for protection in protections]
+    return [PROTECTIONS[type(protection)](protection, engine, optimizer) for protection in protections]

@@ -20,18 +20,20 @@ def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def apply_tuning(model: PreTrainedModel, tuning: Full | Lora) -> torch.nn.Module:
+def apply_tuning(model: torch.nn.Module, tuning: Full | Lora) -> torch.nn.Module:
     """The model with exactly those parameters requiring gradients that the tuning moves."""
     if isinstance(tuning, Full):
-        return model.requires_grad_(True)
+        model.requires_grad_(True)
+        return model
     from peft import LoraConfig, get_peft_model
 
     targets = tuning.target_modules
     config = LoraConfig(
         r=tuning.rank,
-        lora_alpha=int(tuning.alpha) if float(tuning.alpha).is_integer() else tuning.alpha,  # type: ignore[arg-type]
+        lora_alpha=int(tuning.alpha) if float(tuning.alpha).is_integer() else tuning.alpha,
         lora_dropout=tuning.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    adapted: torch.nn.Module = get_peft_model(model, config)
+    return adapted

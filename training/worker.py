@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,10 +85,12 @@ class Trainer:
             engine=engine,
             optimizer=optimizer,
             objective=SftLoss(model),
-            protections=attach_all(spec.protections, optimizer),
+            protections=attach_all(spec.protections, engine, optimizer),
             shape=checkpoint.Shape(job.spec_hash, plan.workers, plan.zero_stage),
             schedule=_schedule(spec, plan),
         )
+        # Adapters start alike on every worker; dropout must not, or all would drop the same units.
+        seed_everything(spec.training.seed + 1 + dist.get_rank())
         trainer._resume()
         return trainer
 
@@ -105,6 +109,8 @@ class Trainer:
         )
 
     def _resume(self) -> None:
+        if dist.get_rank() == 0:
+            drop_torn_row(self.folder.metrics)
         newest = checkpoint.latest_checkpoint(self.folder.checkpoints)
         if newest is not None:
             self.step = checkpoint.load_checkpoint(newest, self.engine, self.protections, self.shape)
@@ -140,17 +146,16 @@ class Trainer:
         return self.objective.sum(self.engine, {key: value.to(self.engine.device) for key, value in batch.items()})
 
     def _log_step(self, loss: float, rate: float, indices: list[int], num_targets: int, seconds: float) -> None:
-        if loss != loss:
+        if not math.isfinite(loss):
             instead = "lower training.learning_rate, or set training.precision: fp32"
-            raise fail(f"the loss is not a number at step {self.step}", "training", instead)
-        norm = self.engine.get_global_grad_norm()
+            raise fail(f"the loss is not a finite number at step {self.step}", "training", instead)
         self._log(
             {
                 "kind": "step",
                 "step": self.step,
                 "loss": loss,
                 "learning_rate": rate,
-                "grad_norm": None if norm is None else float(norm),
+                "grad_norm": engines.grad_norm(self.engine),
                 "num_target_tokens": num_targets,
                 "num_tokens": sum(len(self.data.train[index].ids) for index in indices),
                 "seconds": seconds,
@@ -192,8 +197,15 @@ class Trainer:
                 stream.write(json.dumps(row) + "\n")
 
 
+def drop_torn_row(metrics: Path) -> None:
+    """Cut off the row that a killed worker, or a full disk, left half-written at the end."""
+    if metrics.is_file():
+        whole = metrics.read_bytes().rfind(b"\n") + 1
+        os.truncate(metrics, whole)
+
+
 def seed_everything(seed: int) -> None:
-    """The same initial adapters and dropout on every worker count."""
+    """The same initial adapters on every worker and at every worker count."""
     random.seed(seed)
     torch.manual_seed(seed)
 
@@ -214,4 +226,4 @@ def _expect_trainable(model: torch.nn.Module, plan: Plan) -> None:
 def make_job(spec: RunSpec, plan: Plan, prepared: Path, folder: RunFolder, spec_hash: str) -> dict[str, Any]:
     """A worker's job as plain values."""
     job = Job(spec.model_dump(mode="json"), asdict(plan), str(prepared), str(folder.path), spec_hash)
-    return cast(dict[str, Any], asdict(job))
+    return asdict(job)
