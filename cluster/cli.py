@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from training.quiet import be_quiet
 from training.workspace import WORKSPACE_VARIABLE
+
+if TYPE_CHECKING:
+    from training.errors import TenureError
 
 BROKEN_CONTRACT = 3
 SPEC = click.argument("spec", type=click.Path(path_type=Path))
@@ -189,7 +194,25 @@ def main() -> None:
     try:
         cli()
     except TenureError as error:
-        from cluster.screen import print_error
+        _refuse(error)
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS:
+            raise
+        _refuse(_told_plainly(error))
 
-        print_error(error)
-        sys.exit(2)
+
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _told_plainly(error: OSError) -> TenureError:
+    from training.errors import fail
+
+    what = (error.strerror or str(error)).lower()
+    return fail(what, str(error.filename or ""), "put --workspace on a disk with room that you may write to")
+
+
+def _refuse(error: TenureError) -> NoReturn:
+    from cluster.screen import print_error
+
+    print_error(error)
+    sys.exit(2)

@@ -73,9 +73,16 @@ class Workspace:
 
     @classmethod
     def at(cls, root: str | Path | None = None) -> Workspace:
-        """The workspace at a path, or at $TENURE_WORKSPACE, or ./workspace."""
+        """The workspace at a path, or at $TENURE_WORKSPACE, or ./workspace.
+
+        Raises:
+            TenureError: a file stands there.
+        """
         chosen = root or os.environ.get(WORKSPACE_VARIABLE) or "workspace"
-        return cls(Path(chosen).expanduser().absolute())
+        path = Path(chosen).expanduser().absolute()
+        if path.exists() and not path.is_dir():
+            raise fail(f"{path} is no folder", "--workspace", "give a folder; it is made when it is not there")
+        return cls(path)
 
     @property
     def runs(self) -> Path:

@@ -1,0 +1,105 @@
+"""The command line: what help loads, what check shows, and its exit statuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+from command import ROOT, run_tenure
+from tiny_spec import write_tiny_spec
+
+from cluster.checking import preview_text
+from cluster.cli import cli
+from cluster.session import check_address
+from training.encoding import encode, load_tokenizer
+from training.errors import TenureError
+from training.rows import Conversation
+from training.yamlfile import read_yaml
+
+HEAVY = ("torch", "ray", "mlflow", "transformers", "deepspeed", "peft", "vllm", "openai", "matplotlib", "datasets")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.commands)], ids=" ".join)
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from cluster import cli
+sys.argv = ["tenure", *{arguments!r}]
+try:
+    cli.main()
+except SystemExit as done:
+    print("status", done.code, [name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0].startswith("Usage: tenure")
+    assert done.stdout.splitlines()[-1] == "status 0 []"
+
+
+def test_every_command_is_told_in_one_line() -> None:
+    assert set(cli.commands) >= {
+        "train",
+        "check",
+        "resume",
+        "runs",
+        "report",
+        "compare",
+        "serve",
+        "ask",
+        "fetch",
+        "schema",
+    }
+    for command in cli.commands.values():
+        assert command.get_short_help_str(200).endswith(".")
+
+
+def test_the_schema_is_one_that_the_tiny_spec_keeps(tmp_path: Path) -> None:
+    done = run_tenure(tmp_path, "schema")
+    schema = json.loads(done.stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    data, _ = read_yaml(write_tiny_spec(tmp_path, tmp_path))
+    jsonschema.validate(data, schema)
+
+
+def test_check_shows_the_plan_and_the_tokens_that_carry_loss(tiny_model: Path, tmp_path: Path) -> None:
+    write_tiny_spec(tmp_path, tiny_model)
+    done = run_tenure(tmp_path, "check", "spec.yaml")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "valid  spec.yaml" in done.stdout
+    assert "8 = 1 workers x 1 accumulated x 8" in done.stdout
+    assert "6 (6 an epoch)" in done.stdout
+    assert "what is 0+1<|im_end|>\n<|im_start|>assistant\n[1<|im_end|>]" in done.stdout
+    assert not (tmp_path / "workspace" / "runs").exists()
+
+
+def test_a_preview_puts_what_carries_loss_in_brackets(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    turns = ({"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"})
+    text = preview_text(encode(tokenizer, Conversation(turns, ""), chat=False), tokenizer)
+    assert text.plain == "1+1[ 2<|im_end|>]"
+    assert {str(span.style) for span in text.spans} == {"dim", "bold green"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["train"], ["serve", "x", "--port", "0"], ["serve", "x", "--port", "99999"], ["report"]]
+)
+def test_a_wrong_command_line_is_refused_with_its_usage(tmp_path: Path, arguments: list[str]) -> None:
+    done = run_tenure(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "workspace").exists()
+
+
+def test_a_workspace_without_runs_says_how_to_start_one(tmp_path: Path) -> None:
+    done = run_tenure(tmp_path, "runs")
+    assert (done.returncode, done.stdout) == (0, "no runs yet; start one with: tenure train SPEC\n")
+
+
+@pytest.mark.parametrize("address", ["nowhere", ":6379", "host:", "host:abc", "host:0", "host:65536", "ray://host"])
+def test_an_address_has_a_host_and_a_port(address: str) -> None:
+    with pytest.raises(TenureError, match="is no address"):
+        check_address(address)
