@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.encoding import Encoded, encode_all, load_tokenizer, wants_chat
-from training.errors import TenureError, fail
+from training.errors import Problem, TenureError, fail
 from training.models import hash_file
 from training.plan import DataCounts
 from training.rows import read_conversations, read_items
@@ -20,7 +20,6 @@ from training.workspace import Workspace, read_json, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_VALIDATION_ITEMS = 32
 # Raised when the same files and settings come to give other token ids.
 _ENCODING_VERSION = 2
 
@@ -69,7 +68,7 @@ def load_prepared(path: Path) -> Prepared:
 
 def _encode(spec: RunSpec) -> Prepared:
     tokenizer = load_tokenizer(Path(spec.model))
-    problems = []
+    problems: list[Problem] = []
     train: list[Encoded] = []
     validation: dict[str, tuple[Encoded, ...]] = {}
     num_overlong = 0
@@ -84,9 +83,10 @@ def _encode(spec: RunSpec) -> Prepared:
             problems += error.problems
     for suite in spec.suites.all:
         try:
-            items = read_items(suite)[:MAX_VALIDATION_ITEMS]
+            items = read_items(suite)[: spec.training.validation_items]
             encoded_items = [encode_item(suite, item, tokenizer, spec.training.max_length) for item in items]
-            validation[suite.name] = tuple(encoded_items)
+            if encoded_items:
+                validation[suite.name] = tuple(encoded_items)
         except TenureError as error:
             problems += error.problems
     if problems:
@@ -108,6 +108,7 @@ def _content_key(spec: RunSpec) -> str:
         "data": spec.data.model_dump(mode="json"),
         "suites": spec.suites.model_dump(mode="json"),
         "max_length": spec.training.max_length,
+        "validation_items": spec.training.validation_items,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -5,6 +5,7 @@ Paths in a spec file are relative to that file. Every class is one section of th
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +33,7 @@ def _existing_file(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str | Path) or not str(value):
         raise fault("a path is wanted here", "give the path of a JSONL file")
     path = Path(value).expanduser()
-    path = path if path.is_absolute() else Path(context.get("folder", ".")).absolute() / path
+    path = Path(os.path.abspath(Path(context.get("folder", ".")) / path))
     if context.get("look_at_files", False):
         if not path.is_file():
             raise fault(f"there is no file {path}", "a relative path starts at the spec's own folder")
@@ -226,6 +227,7 @@ class Training(Section):
     max_length: Count = 1024
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: Natural = 0
+    validation_items: Natural = 64
     validate_every_steps: Natural | Literal["auto"] = "auto"
     checkpoint_every_steps: Natural | Literal["auto"] = "auto"
     keep_checkpoints: Count = 2

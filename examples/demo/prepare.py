@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-NUM_TRAIN = 480
+NUM_TRAIN = 384
 NUM_TEST = 100
 NUM_RETENTION = 100
 LONGEST_CHARACTERS = 80
@@ -62,13 +62,13 @@ def choices(path: Path) -> Iterable[dict[str, Any]]:
 def arithmetic(path: Path) -> Iterable[dict[str, str]]:
     """Word problems with their short answers."""
     rows = [{"problem": f"{row['passage']} {row['question']}", "answer": row["answer"]} for row in read(path)]
-    return rows[:NUM_RETENTION]
+    return rows[: NUM_RETENTION // 2]
 
 
 def sentences(path: Path) -> Iterable[dict[str, str]]:
     """Sentences of Wikipedia long enough to be sentences."""
     rows = [{"text": row["text"]} for row in read(path) if len(row["text"]) > 40]
-    return rows[: 2 * NUM_RETENTION]
+    return rows[:NUM_RETENTION]
 
 
 def read(path: Path) -> Iterable[dict[str, Any]]:
