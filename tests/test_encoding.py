@@ -121,6 +121,18 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: PreTrained
     assert caught.value.problems[0].where == "f row 2"
 
 
+def test_turns_that_a_template_refuses_are_told_with_its_words(tokenizer: PreTrainedTokenizerFast) -> None:
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    assert encode(tokenizer, SINGLE, chat=True).num_targets == 2
+    told = "f row 2: the model's chat template refuses the turns system, user: no system turns"
+    with pytest.raises(TenureError, match=told):
+        encode(tokenizer, MULTI, chat=True)
+    tokenizer.chat_template = "{% if %}"
+    with pytest.raises(TenureError, match="the model's chat template refuses"):
+        encode(tokenizer, SINGLE, chat=True)
+
+
 def test_chat_needs_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
     assert wants_chat("auto", tokenizer, "f")
     assert not wants_chat(False, tokenizer, "f")
@@ -168,4 +180,22 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(tmp_path: Path)
 
 
 def test_a_rendered_prompt_ends_with_the_assistants_header(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert render_prompt(tokenizer, SINGLE.messages[:1]) == f"{START}user\nwhat is 3+4{END}\n{START}assistant\n"
+    assert render_prompt(tokenizer, SINGLE.messages[:1], "") == f"{START}user\nwhat is 3+4{END}\n{START}assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("tokenizer.json", None), ("tokenizer.json", "{"), ("tokenizer.json", "{}")]
+)
+def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path: Path, name: str, text: str | None) -> None:
+    make_tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / name).unlink() if text is None else (tmp_path / name).write_text(text)
+    with pytest.raises(TenureError, match="the tokenizer cannot be read: "):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
+    made = make_tiny_tokenizer()
+    made.eos_token = None
+    made.save_pretrained(tmp_path)
+    with pytest.raises(TenureError, match="the tokenizer has no end token"):
+        load_tokenizer(tmp_path)

@@ -77,6 +77,31 @@ def test_folders_that_hold_no_model_are_refused(workspace: Workspace, tmp_path: 
     assert refused("./nowhere", workspace)[0] == f"there is no folder {tmp_path / 'nowhere'}"
 
 
+@pytest.mark.parametrize(
+    ("file", "kept", "what"),
+    [
+        ("config.json", 20, "is not a JSON object"),
+        ("model.safetensors", 0, "is cut short or damaged"),
+        ("model.safetensors", 5, "is cut short or damaged"),
+        ("model.safetensors", 100, "is cut short or damaged"),
+        ("model.safetensors", -1, "is cut short or damaged"),
+    ],
+)
+def test_a_damaged_model_is_refused(tiny_model: Path, workspace: Workspace, file: str, kept: int, what: str) -> None:
+    shutil.copytree(tiny_model, "copy")
+    damaged = Path("copy").absolute() / file
+    damaged.write_bytes(damaged.read_bytes()[:kept])
+    assert refused("copy", workspace) == (f"{damaged} {what}", "save or fetch the model again")
+
+
+def test_bytes_that_are_no_header_are_refused(tiny_model: Path, workspace: Workspace) -> None:
+    shutil.copytree(tiny_model, "copy")
+    Path("copy/model.safetensors").write_bytes(b"\xff" * 100)
+    assert "is cut short or damaged" in refused("copy", workspace)[0]
+    Path("copy/model.safetensors").write_bytes((20).to_bytes(8, "little") + b"\xff" * 100)
+    assert "is cut short or damaged" in refused("copy", workspace)[0]
+
+
 @pytest.mark.parametrize("name", ["some/model", "smollm2-135m-instrukt"])
 def test_a_hub_id_that_is_not_on_disk_is_refused_offline(workspace: Workspace, name: str) -> None:
     what, instead = refused(name, workspace)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
+
 from training.errors import Problem, TenureError, fail
 from training.rows import Conversation, Messages
 
@@ -38,10 +40,20 @@ class Segment:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model folder, with a pad token (the end token where it has none)."""
+    """The tokenizer in a model folder, with a pad token (the end token where it has none).
+
+    Raises:
+        TenureError: it cannot be read, or has no end token.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise fail(f"the tokenizer cannot be read: {reason}", str(folder), "save it beside the model again") from None
+    if tokenizer.eos_token_id is None:
+        raise fail("the tokenizer has no end token", str(folder), "set eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -62,9 +74,27 @@ def wants_chat(chat: bool | str, tokenizer: PreTrainedTokenizerBase, where: str)
 _NO_TEMPLATE = "use an instruct model, put a chat_template.jinja beside its tokenizer, or give prompt and completion"
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], where: str) -> str:
     """The chat template's text up to and including the header of the assistant's next turn."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return _render(tokenizer, messages, where, add_generation_prompt=True)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], where: str, *, add_generation_prompt: bool
+) -> str:
+    """Rendered turns.
+
+    Raises:
+        TenureError: the template refuses them; many take no system turn, or want users and assistants in turns.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in messages)
+        what = f"the model's chat template refuses the turns {roles}: {error}"
+        raise fail(what, where, "give other turns, or another chat_template.jinja beside the model") from None
     assert isinstance(text, str)
     return text
 
@@ -73,7 +103,7 @@ def segments(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, cha
     """The rendered conversation, cut where learning starts and stops.
 
     Raises:
-        TenureError: the template does not render a conversation as an extension of its own prefix.
+        TenureError: the template refuses the conversation, or does not render it as an extension of its own prefix.
     """
     messages = conversation.messages
     if not chat:
@@ -84,9 +114,8 @@ def segments(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, cha
     done = ""
     for index, turn in enumerate(messages):
         if turn["role"] == "assistant":
-            prompt = render_prompt(tokenizer, messages[:index])
-            full = tokenizer.apply_chat_template(list(messages[: index + 1]), tokenize=False)
-            assert isinstance(full, str)
+            prompt = render_prompt(tokenizer, messages[:index], conversation.where)
+            full = _render(tokenizer, messages[: index + 1], conversation.where, add_generation_prompt=False)
             if not (prompt.startswith(done) and full.startswith(prompt)):
                 what = "the chat template rewrites earlier turns, so the learned span cannot be told"
                 raise fail(what, conversation.where, "give single-turn rows, or another chat template")

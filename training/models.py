@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -83,13 +82,17 @@ def _checked(folder: Path, name: str) -> Path:
         raise ValueError(f"'{name}' holds no config.json -> give a folder saved in Hugging Face format")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"'{name}' holds no *.safetensors -> save it with safe_serialization; pickles are refused")
+    read_model_info(folder)
     return folder
 
 
 def read_model_info(folder: Path) -> ModelInfo:
-    """Sizes from config.json and the headers of the safetensors files; no weight is read."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = {**config, **config.get("text_config", {})}
+    """Sizes from config.json and the headers of the safetensors files; no weight is read.
+
+    Raises:
+        ValueError: "reason -> what to do", when one of these files is damaged.
+    """
+    config = _read_config(folder / "config.json")
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         shapes.update(_read_shapes(file))
@@ -105,10 +108,30 @@ def read_model_info(folder: Path) -> ModelInfo:
     )
 
 
+def _read_config(file: Path) -> dict[str, Any]:
+    """A config, its text part laid over the rest."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return {**config, **(config.get("text_config") or {})}
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"{file} is not a JSON object -> {_AGAIN}") from None
+
+
+_AGAIN = "save or fetch the model again"
+
+
 def _read_header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file that holds all the bytes that it names."""
+    size = file.stat().st_size
     with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header: dict[str, Any] = json.loads(stream.read(length))
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length)) if length <= size else {}
+        except ValueError:
+            header = {}
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if not ends or 8 + length + max(ends) > size:
+        raise ValueError(f"{file} is cut short or damaged -> {_AGAIN}")
     return header
 
 

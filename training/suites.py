@@ -29,7 +29,7 @@ def render_item(suite: AnySuite, item: SuiteItem, tokenizer: PreTrainedTokenizer
     """The rendered item, by the chat template where the suite asks for it."""
     if wants_chat(suite.chat, tokenizer, item.where):
         system = [{"role": "system", "content": item.system}] if item.system else []
-        prompt = render_prompt(tokenizer, [*system, {"role": "user", "content": item.prompt}])
+        prompt = render_prompt(tokenizer, [*system, {"role": "user", "content": item.prompt}], item.where)
         return RenderedItem(prompt, item.completion, item.choices, item.right)
     prompt = f"{item.system}\n{item.prompt}" if item.system else item.prompt
     choices = tuple(spaced(prompt, choice) for choice in item.choices)
