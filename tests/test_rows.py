@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_spec import write_rows
 
@@ -243,6 +243,7 @@ lines = st.one_of(
 )
 
 
+@settings(deadline=None, database=None)
 @given(st.lists(lines, max_size=6))
 def test_any_bytes_give_objects_or_a_named_row(data: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
