@@ -71,8 +71,9 @@ def serve_run(run: RunFolder, host: str, port: int, address: str | None) -> None
 
 
 def _show_endpoint(console: Console, endpoint: Endpoint) -> None:
-    parity = endpoint.parity
-    console.print(f"the endpoint agrees with the scored models: {parity}")
+    for name, found in ((endpoint.base_name, endpoint.parity.base), (endpoint.tuned_name, endpoint.parity.tuned)):
+        worst = f"log-probabilities differ by {found.largest:.1e} nats at most over {found.num_tokens} tokens"
+        console.print(f"{name} answers as it did when it was scored: {worst}")
     console.print(f"[bold green]ready[/] {endpoint.base_url}   models {endpoint.base_name}, {endpoint.tuned_name}")
 
 

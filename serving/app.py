@@ -7,19 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import fail
+from training.quiet import QUIET
 
 if TYPE_CHECKING:
     from ray import serve
     from ray.serve.llm import LLMConfig
 
 # Every process of the endpoint gets these: nothing is reported, and nothing is fetched from a hub.
-OFFLINE_ENV = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
+OFFLINE_ENV = {**QUIET, "HF_HUB_OFFLINE": "1"}
 # One GiB of key-value cache is plenty for the small models that a CPU can serve. Without `nobind` every engine pins
 # itself to the same cores. Compiling the sampler needs a C++ compiler and took up to 30 s of the first request.
 CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
