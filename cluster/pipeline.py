@@ -106,8 +106,9 @@ def execute(run: RunFolder, workspace: Workspace, address: str | None, console: 
 
 def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, console: Console) -> None:
     from training.fit import fit
-    from training.worker import make_job
+    from training.worker import drop_torn_row, make_job
 
+    drop_torn_row(run.metrics)
     prepared = prepare(spec, workspace)
     console.print(f"training on {plan.workers} workers, ZeRO {plan.zero_stage}, {plan.steps} steps")
     with progress(console, run.metrics, plan.steps):
@@ -155,7 +156,7 @@ def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:
 def _score_all(jobs: list[Any], scaling: Scaling) -> float:
     """Run scoring jobs as Ray tasks, each in a fresh process; the seconds they took in all."""
     import ray
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError, RayTaskError
 
     from training.scoring import score_model
 
@@ -170,6 +171,9 @@ def _score_all(jobs: list[Any], scaling: Scaling) -> float:
     except RayTaskError as error:
         cause = getattr(error, "cause", None)
         raise cause if isinstance(cause, TenureError) else error from None
+    except RayError as error:
+        what = f"a scoring process died: {str(error).strip().splitlines()[0]}"
+        raise fail(what, str(Path(jobs[0].log).parent), "free some memory, then: tenure resume RUN") from None
 
 
 def _needs(scaling: Scaling) -> dict[str, float]:

@@ -63,12 +63,17 @@ def export_artifact(
 
 
 def _save_weights(model: Any, weights: dict[str, torch.Tensor], part: Path, base: Path, spec: RunSpec) -> None:
+    """Only what moved, for adapters; for full tuning the whole model, with the buffers that a checkpoint holds."""
     if spec.tuning.type != "full":
         model.save_pretrained(part, state_dict=weights, safe_serialization=True)
         return
     dtype = _stored_dtype(base)
+    kept = model.state_dict().keys()
+    buffers = {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in kept}
+    model.save_pretrained(part, state_dict={name: value.to(dtype) for name, value in weights.items()} | buffers)
+    # save_pretrained() writes the dtype of training into the config, and readers load in the dtype that it names.
     model.config.dtype = dtype
-    model.save_pretrained(part, state_dict={name: value.to(dtype) for name, value in weights.items()})
+    model.config.save_pretrained(part)
 
 
 def _stored_dtype(base: Path) -> torch.dtype:

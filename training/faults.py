@@ -28,17 +28,27 @@ def output_to(log: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            _flush()
+            _flush_or_drop()
             for target, saved in enumerate(kept, start=1):
                 os.dup2(saved, target)
                 os.close(saved)
 
 
 def _flush() -> None:
-    """A log that cannot be written (a full disk) must not take the place of the fault that it is about."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _flush_or_drop() -> None:
+    """A log that cannot be written (a full disk) must not hide the fault that it is about, nor land on the screen."""
+    try:
+        _flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        os.close(null)
+        _flush()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,9 @@ def _commit() -> str | None:
 
 
 def client(workspace: Workspace) -> MlflowClient:
-    """A client of the workspace's store (or of $MLFLOW_TRACKING_URI); telemetry is off."""
+    """A client of the workspace's store (or of $MLFLOW_TRACKING_URI); telemetry and its log are off."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # whatever it logs as an error it also raises
     from mlflow.tracking import MlflowClient
 
     workspace.root.mkdir(parents=True, exist_ok=True)
@@ -109,10 +111,16 @@ def finish_tracking(workspace: Workspace, run: RunFolder, tracking_id: str, scor
 
 
 def fail_tracking(workspace: Workspace, tracking_id: str, reason: str) -> None:
-    """Close a run that did not end well."""
+    """Close a run that did not end well. A store that cannot be written (a full disk) is told of, and no more."""
+    from mlflow.exceptions import MlflowException
+
     store = client(workspace)
-    store.set_tag(tracking_id, "error", reason[:4000])
-    store.set_terminated(tracking_id, "FAILED")
+    try:
+        store.set_tag(tracking_id, "error", reason[:4000])
+        store.set_terminated(tracking_id, "FAILED")
+    except MlflowException as error:
+        first = str(error).strip().splitlines()[0]
+        print(f"warning: the tracking store did not note the failure: {first}", file=sys.stderr)
 
 
 def tracking_id_of(run: RunFolder) -> str:
