@@ -91,6 +91,7 @@ def bootstrap_interval(gains: np.ndarray, weights: np.ndarray, seed: int = 0) ->
     """
     count = len(gains)
     counts = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    counts = counts.astype(float)  # floats multiply in BLAS, ten times as fast
     means = (counts @ (gains * weights)) / (counts @ weights)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
