@@ -1,0 +1,144 @@
+"""Interrupted runs go on from their last whole checkpoint and end where uninterrupted ones do."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from commands import Command, last_step
+from conftest import WholeRun
+from jobs import STEPS, JobValues, artifact_weights, rows_of, run_of, start_job, train_here
+
+from training.checkpoint import Shape, find_damage, latest_checkpoint, load_checkpoint
+from training.errors import TenureError
+from training.worker import Job, Trainer
+from training.workspace import RunFolder
+
+
+@pytest.fixture(scope="module")
+def resumed_run(kept_run: WholeRun) -> WholeRun:
+    """The same spec killed at a random step, its newest checkpoint damaged, and resumed."""
+    workspace = kept_run.workspace
+    run = RunFolder(workspace.runs / "tiny-2")
+    killed = Command.start("train", kept_run.spec, workspace=workspace.root)
+    killed.kill_a_worker_at(random.Random(1).randrange(5, 30), run)
+    assert killed.finish() == 2, killed.err
+    (run.path / "killed.txt").write_text(killed.out + killed.err, encoding="utf-8")
+    damage(run)
+    command = Command.start("resume", run.id, workspace=workspace.root)
+    return WholeRun(command, command.finish(), workspace, run, kept_run.spec)
+
+
+def damage(run: RunFolder) -> None:
+    """Truncate a file of the newest checkpoint, leave a half-written one, and tear the last row of the metrics."""
+    newest = latest_checkpoint(run.checkpoints)
+    assert newest is not None
+    (run.path / "damaged.txt").write_text(newest.name, encoding="utf-8")
+    largest = max(newest.rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+    with largest.open("rb+") as stream:
+        stream.truncate(largest.stat().st_size // 2)
+    shutil.copytree(newest, run.checkpoints / ".step-0000059.part")
+    with run.metrics.open("a", encoding="utf-8") as stream:
+        stream.write('{"kind": "step", "st')
+
+
+def assert_same_artifact(run: RunFolder, other: RunFolder) -> None:
+    given, wanted = artifact_weights(run.artifact), artifact_weights(other.artifact)
+    assert given.keys() == wanted.keys()
+    assert all(torch.equal(given[name], wanted[name]) for name in wanted)
+
+
+def assert_no_step_is_missing(run: RunFolder) -> None:
+    """Every step is logged, and after the resume each follows the one before."""
+    steps = [row["step"] for row in rows_of(run) if row["kind"] == "step"]
+    assert sorted(set(steps)) == list(range(1, 61))
+    (resume,) = [row["step"] for row in rows_of(run) if row["kind"] == "resume"]
+    assert steps[-(60 - resume) :] == list(range(resume + 1, 61))
+
+
+def test_a_killed_worker_is_one_error_without_a_traceback(resumed_run: WholeRun) -> None:
+    told = (resumed_run.run.path / "killed.txt").read_text(encoding="utf-8")
+    assert told.count("error:") == 1
+    assert "a worker failed" in told
+    assert "tenure resume tiny-2" in told
+    assert "Traceback" not in told
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(kept_run: WholeRun, resumed_run: WholeRun) -> None:
+    assert (kept_run.status, resumed_run.status) == (0, 0), resumed_run.command.err
+    assert_same_artifact(resumed_run.run, kept_run.run)
+    assert_no_step_is_missing(resumed_run.run)
+    wanted = {row["step"]: row["loss"] for row in rows_of(kept_run.run) if row["kind"] == "step"}
+    given = {row["step"]: row["loss"] for row in rows_of(resumed_run.run) if row["kind"] == "step"}
+    assert given == wanted
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(resumed_run: WholeRun) -> None:
+    damaged = (resumed_run.run.path / "damaged.txt").read_text(encoding="utf-8")
+    (resume,) = [row["step"] for row in rows_of(resumed_run.run) if row["kind"] == "resume"]
+    assert resume == int(damaged.removeprefix("step-")) - 1
+    log = (resumed_run.run.logs / "worker-0.log").read_text(encoding="utf-8")
+    assert "passing over checkpoint" in log
+    assert damaged in log
+
+
+def test_ray_restarts_workers_within_the_budget(kept_run: WholeRun, broken_run: WholeRun) -> None:
+    (resume,) = [row["step"] for row in rows_of(broken_run.run) if row["kind"] == "resume"]
+    assert resume % 3 == 0
+    assert_same_artifact(broken_run.run, kept_run.run)
+    assert_no_step_is_missing(broken_run.run)
+
+
+@pytest.fixture(scope="module")
+def checkpointed(one_process: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> JobValues:
+    """A job of one process that ended, with its last two checkpoints (steps 18 and 20)."""
+    job = start_job(
+        tmp_path_factory.mktemp("checkpointed"), tiny_model, zero=1, training=STEPS | {"checkpoint_every_steps": 3}
+    )
+    train_here(job)
+    return job
+
+
+@pytest.mark.parametrize(
+    ("shape", "difference"),
+    [
+        (Shape("another", 1, 1), "another"),
+        (Shape("same", 2, 1), "workers=2"),
+        (Shape("same", 1, 3), "zero_stage=3"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_refused(checkpointed: JobValues, shape: Shape, difference: str) -> None:
+    newest = latest_checkpoint(run_of(checkpointed).checkpoints)
+    assert newest is not None
+    if shape.spec_hash == "same":
+        shape = Shape(checkpointed["spec_hash"], shape.workers, shape.zero_stage)
+    with pytest.raises(TenureError, match="another run") as caught:
+        load_checkpoint(newest, None, [], shape)
+    assert difference in str(caught.value)
+    assert str(newest) in str(caught.value)
+
+
+def test_a_worker_refuses_a_checkpoint_of_another_spec(checkpointed: JobValues) -> None:
+    with pytest.raises(TenureError, match="another run"):
+        Trainer.start(Job(**{**checkpointed, "spec_hash": "another"}), run_of(checkpointed))
+
+
+def test_only_whole_checkpoints_are_found(checkpointed: JobValues, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run_of(checkpointed).checkpoints, folder)
+    assert [path.name for path in sorted(folder.iterdir())] == ["step-0000018", "step-0000020"]
+    (folder / "step-0000020").rename(folder / ".step-0000020.part")
+    found = latest_checkpoint(folder)
+    assert found is not None
+    assert found.name == "step-0000018"
+    (found / "manifest.json").unlink()
+    assert find_damage(found) == "it has no manifest"
+    assert latest_checkpoint(folder) is None
+
+
+def test_a_finished_run_goes_on_at_its_end(checkpointed: JobValues) -> None:
+    trainer = Trainer.start(Job(**checkpointed), run_of(checkpointed))
+    assert trainer.step == 20 == last_step(run_of(checkpointed))
