@@ -1,12 +1,9 @@
-"""What the serving tests share: a local Ray, a free port, and log-probabilities computed with transformers."""
+"""What the serving tests share: a free port, and log-probabilities computed with transformers."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import ray
 import torch
 
 from training.scorecard import Probe
@@ -32,13 +29,3 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-@contextmanager
-def small_ray() -> Iterator[None]:
-    """A Ray of two CPUs for as long as the context lasts."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
-    try:
-        yield
-    finally:
-        ray.shutdown()

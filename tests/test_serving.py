@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 from peft import PeftModel
-from probing import PROMPTS, free_port, small_ray, teacher_forced
+from probing import PROMPTS, free_port, teacher_forced
 from tiny import make_tiny_adapter, make_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -34,7 +34,7 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def case(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """An adapter beside its base, with the probes of both and those of another adapter."""
     folder = tmp_path_factory.mktemp("served")
     base = make_tiny_model(folder / "base")
@@ -47,11 +47,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     served = ServedModels("tiny", base, "tiny-tuned-1", adapters[0], adapter_rank=8)
     told: list[str] = []
     probes: Probes = {"base": bare, "tuned": tuned}
-    with small_ray():
-        with deploy(served, probes, port=free_port(), on_progress=told.append) as endpoint:
-            yield Case(endpoint, served, bare, tuned, other, tuple(told))
-        with pytest.raises(TenureError, match="cannot be reached"):
-            ask("Still there?", endpoint.base_url, None, 1)
+    with deploy(served, probes, port=free_port(), on_progress=told.append) as endpoint:
+        yield Case(endpoint, served, bare, tuned, other, tuple(told))
+    with pytest.raises(TenureError, match="cannot be reached"):
+        ask("Still there?", endpoint.base_url, None, 1)
 
 
 @pytest.fixture
