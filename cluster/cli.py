@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from training.quiet import be_quiet
-from training.workspace import WORKSPACE_VARIABLE
+from training.workspace import WORKSPACE_VARIABLE, RunFolder, Workspace
 
 if TYPE_CHECKING:
     from training.errors import TenureError
@@ -33,8 +33,6 @@ RUN = click.argument("run")
 @click.pass_context
 def cli(context: click.Context, workspace: str) -> None:
     """Fine-tune language models on a Ray cluster, and know what each run gained and forgot."""
-    from training.workspace import Workspace
-
     context.obj = Workspace.at(workspace)
 
 
@@ -55,15 +53,14 @@ def check(context: click.Context, spec: Path) -> None:
 def train(context: click.Context, spec: Path, address: str | None) -> None:
     """Train by SPEC, score, judge, report and register. Exit status 3 when the contract is broken."""
     from cluster import pipeline
-    from cluster.screen import make_screen
     from cluster.session import check_address
 
     if address:
         check_address(address)
     read = pipeline.read_spec(spec, context.obj)
     plan, _ = pipeline.plan_run(read, context.obj)
-    run = pipeline.start_run(spec, read, plan, context.obj)
-    _finish(run.id, context, address, make_screen())
+    with pipeline.session(context.obj, address, read.scaling):
+        _finish(pipeline.start_run(spec, read, plan, context.obj), context.obj)
 
 
 @cli.command()
@@ -72,21 +69,21 @@ def train(context: click.Context, spec: Path, address: str | None) -> None:
 @click.pass_context
 def resume(context: click.Context, run: str, address: str | None) -> None:
     """Go on with an interrupted RUN from its last whole checkpoint."""
-    from cluster.screen import make_screen
-
-    _finish(run, context, address, make_screen())
-
-
-def _finish(run_id: str, context: click.Context, address: str | None, console: object) -> None:
-    from rich.console import Console
-
     from cluster import pipeline
+
+    folder = context.obj.run(run)
+    with pipeline.session(context.obj, address, pipeline.spec_of(folder).scaling):
+        _finish(folder, context.obj)
+
+
+def _finish(run: RunFolder, workspace: Workspace) -> None:
+    from cluster import pipeline
+    from cluster.screen import make_screen
     from training.report import print_scorecard
 
-    assert isinstance(console, Console)
-    run = context.obj.run(run_id)
+    console = make_screen()
     try:
-        scorecard = pipeline.execute(run, context.obj, address, console)
+        scorecard = pipeline.execute(run, workspace, console)
     except KeyboardInterrupt:
         console.print(f"interrupted; go on with: tenure resume {run.id}")
         sys.exit(130)

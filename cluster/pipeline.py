@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def check_disk(workspace: Workspace, plan: Plan) -> None:
 
 
 def start_run(spec_path: Path, spec: RunSpec, plan: Plan, workspace: Workspace) -> RunFolder:
-    """A new run folder with its spec (as given and as read), plan and lineage."""
+    """A new run folder with its spec (as given and as read), plan and lineage; none when it cannot be tracked."""
     from training.tracking import collect_lineage, start_tracking
 
     lineage = collect_lineage(spec, hash_spec(spec))
@@ -66,8 +67,23 @@ def start_run(spec_path: Path, spec: RunSpec, plan: Plan, workspace: Workspace) 
     write_json(run.spec, spec.model_dump(mode="json"))
     write_json(run.plan, asdict(plan))
     write_json(run.lineage, lineage)
-    start_tracking(workspace, run, spec, plan, lineage)
+    try:
+        start_tracking(workspace, run, spec, plan, lineage)
+    except TenureError:
+        shutil.rmtree(run.path)
+        raise
     return run
+
+
+def spec_of(run: RunFolder) -> RunSpec:
+    """The spec that a run was started with, as it was read then.
+
+    Raises:
+        TenureError: the folder holds none.
+    """
+    if not run.spec.is_file():
+        raise fail(f"run '{run.id}' never started: it has no {run.spec.name}", str(run.path), "train its spec again")
+    return RunSpec.model_validate(read_json(run.spec))
 
 
 def hash_spec(spec: RunSpec) -> str:
@@ -75,21 +91,27 @@ def hash_spec(spec: RunSpec) -> str:
     return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
 
 
-def execute(run: RunFolder, workspace: Workspace, address: str | None, console: Console) -> Scorecard:
+def session(workspace: Workspace, address: str | None, scaling: Scaling) -> AbstractContextManager[None]:
+    """Ray with what a run claims of it; opened before the run has a folder, so that a refusal leaves nothing."""
+    return ray_session(address, _needs(scaling), workspace.root / "ray.log")
+
+
+def execute(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard:
     """Do what is left of a run: train unless the artifact stands, score, judge, report and register.
 
-    The driver's and the libraries' output goes to the run's log; a failed run is closed in the tracking store.
+    Ray is connected by the caller, see session(). The driver's and the libraries' output goes to the run's log; a
+    failed run is closed in the tracking store.
     """
     from serving.registry import register
     from training.faults import output_to
     from training.report import write_report
     from training.tracking import fail_tracking, finish_tracking, log_metrics, tracking_id_of
 
-    spec, plan = RunSpec.model_validate(read_json(run.spec)), Plan(**read_json(run.plan))
+    spec, plan = spec_of(run), Plan(**read_json(run.plan))
     tracking_id = tracking_id_of(run)
     console.print(f"run [bold]{run.id}[/]   logs {run.logs}")
     try:
-        with output_to(run.logs / "driver.log"), ray_session(address, _needs(spec.scaling)):
+        with output_to(run.logs / "driver.log"):
             if not run.artifact.is_dir():
                 _train(run, spec, plan, workspace, console)
             log_metrics(workspace, run, tracking_id)

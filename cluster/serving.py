@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from cluster.pipeline import spec_of
 from cluster.screen import make_screen
 from cluster.session import ray_session
 from serving.app import ServedModels
@@ -19,15 +20,15 @@ from serving.endpoint import Endpoint, check_port, deploy
 from serving.registry import registered_artifact
 from training.faults import output_to
 from training.scorecard import Scorecard, read_scorecard
-from training.spec import Lora, RunSpec
-from training.workspace import RunFolder, read_json
+from training.spec import Lora
+from training.workspace import RunFolder
 
 MAX_MODEL_LEN = 2048
 
 
 def served_models(run: RunFolder, scorecard: Scorecard) -> ServedModels:
     """The base under its folder's name and the artifact under the run's id."""
-    spec = RunSpec.model_validate(read_json(run.spec))
+    spec = spec_of(run)
     return ServedModels(
         base_name=Path(spec.model).name,
         base_path=Path(spec.model),
@@ -62,7 +63,8 @@ def serve_run(run: RunFolder, host: str, port: int, address: str | None) -> None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     needs = {"CPU": 2.0} | ({"GPU": float(served.gpus)} if served.gpus else {})
-    with output_to(run.logs / "serve.log"), ray_session(address, needs):
+    log = run.logs / "serve.log"
+    with output_to(log), ray_session(address, needs, log):
         told = deploy(served, scorecard.probes, host=host, port=port, on_progress=console.print)
         with told as endpoint:
             _show_endpoint(console, endpoint)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import Problem, TenureError, fail
+from training.faults import output_to
 from training.quiet import QUIET
 
 _CONNECT_S = 5.0
@@ -17,11 +18,12 @@ _OBJECT_STORE_BYTES = 256 * 2**20
 
 
 @contextmanager
-def ray_session(address: str | None, resources: dict[str, float]) -> Iterator[None]:
+def ray_session(address: str | None, resources: dict[str, float], log: Path) -> Iterator[None]:
     """Ray, with at least these resources in all, for the length of the body.
 
     Args:
         address: host:port or ray://host:port of a head; None starts a local instance, dashboard off.
+        log: where Ray's own words at start and end go.
 
     Raises:
         TenureError: the head does not answer, or the cluster is smaller than asked for.
@@ -34,20 +36,26 @@ def ray_session(address: str | None, resources: dict[str, float]) -> Iterator[No
         _check_resources(ray.cluster_resources(), resources)
         yield
         return
-    environment = {"env_vars": {**QUIET, **_python_path()}}
     try:
-        if address is not None:
-            ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="error")
-        else:
-            ray.init(**_local(resources), runtime_env=environment, log_to_driver=False, logging_level="error")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = address or "a local Ray"
-        raise fail(f"could not connect: {_first_line(error)}", where, "check address, token and Ray version") from error
-    try:
+        with output_to(log):
+            _connect(address, resources)
         _check_resources(ray.cluster_resources(), resources)
         yield
     finally:
-        ray.shutdown()
+        with output_to(log):
+            ray.shutdown()
+
+
+def _connect(address: str | None, resources: dict[str, float]) -> None:
+    import ray
+
+    where = {"address": address} if address is not None else _local(resources)
+    environment = {"env_vars": {**QUIET, **_python_path()}}
+    try:
+        ray.init(**where, runtime_env=environment, log_to_driver=False, logging_level="error")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        what = f"could not connect: {_first_line(error)}"
+        raise fail(what, address or "a local Ray", "check address, token and Ray version") from error
 
 
 def check_address(address: str) -> None:

@@ -37,9 +37,7 @@ def register(workspace: Workspace, run: RunFolder, spec: RunSpec, scorecard: Sco
         "artifact_hash": scorecard.artifact_hash,
         "base_hash": scorecard.base_hash,
     }
-    made = store.create_model_version(
-        spec.name, source=run.artifact.as_uri(), run_id=tracking_id_of(run), tags=tags
-    )
+    made = store.create_model_version(spec.name, source=run.artifact.as_uri(), run_id=tracking_id_of(run), tags=tags)
     return Registered(spec.name, str(made.version))
 
 

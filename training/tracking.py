@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.errors import fail
 from training.judge import package_versions
 from training.models import hash_file, hash_folder
 from training.plan import Plan
@@ -48,6 +49,7 @@ def _commit() -> str | None:
 def client(workspace: Workspace) -> MlflowClient:
     """A client of the workspace's store (or of $MLFLOW_TRACKING_URI); telemetry and its log are off."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # whatever it logs as an error it also raises
     from mlflow.tracking import MlflowClient
 
@@ -56,14 +58,24 @@ def client(workspace: Workspace) -> MlflowClient:
 
 
 def start_tracking(workspace: Workspace, run: RunFolder, spec: RunSpec, plan: Plan, lineage: dict[str, Any]) -> str:
-    """Open an MLflow run with the spec's parameters, the plan and the lineage; its id."""
-    store = client(workspace)
-    opened = store.create_run(_experiment(store, workspace), run_name=run.id)
-    tracking_id = str(opened.info.run_id)
-    for key, value in _flat({**spec.model_dump(mode="json"), "plan": vars(plan)}):
-        store.log_param(tracking_id, key, value)
-    for key, value in _flat(lineage, "lineage"):
-        store.set_tag(tracking_id, key, value)
+    """Open an MLflow run with the spec's parameters, the plan and the lineage; its id.
+
+    Raises:
+        TenureError: the store does not answer, or refuses.
+    """
+    from mlflow.entities import Param, RunTag
+    from mlflow.exceptions import MlflowException
+
+    params = [Param(*pair) for pair in _flat({**spec.model_dump(mode="json"), "plan": vars(plan)})]
+    tags = [RunTag(*pair) for pair in _flat(lineage, "lineage")]
+    try:
+        store = client(workspace)
+        tracking_id = str(store.create_run(_experiment(store, workspace), run_name=run.id).info.run_id)
+        for start in range(0, max(len(params), len(tags)), 100):
+            store.log_batch(tracking_id, params=params[start : start + 100], tags=tags[start : start + 100])
+    except MlflowException as error:
+        what = f"the tracking store refused: {str(error).strip().splitlines()[0]}"
+        raise fail(what, workspace.tracking_uri, "check MLFLOW_TRACKING_URI, or unset it") from error
     write_json(run.path / "tracking.json", {"mlflow_run_id": tracking_id, "uri": workspace.tracking_uri})
     return tracking_id
 
