@@ -72,6 +72,9 @@ def resume(context: click.Context, run: str, address: str | None) -> None:
     from cluster import pipeline
 
     folder = context.obj.run(run)
+    if folder.registration.is_file():
+        _finish(folder, context.obj)
+        return
     with pipeline.session(context.obj, address, pipeline.spec_of(folder).scaling):
         _finish(folder, context.obj)
 

@@ -18,7 +18,7 @@ from training.errors import TenureError, fail
 from training.models import find_model, read_model_info
 from training.plan import GIB, Plan, make_plan
 from training.prepare import load_prepared, prepare
-from training.scorecard import Scorecard
+from training.scorecard import Scorecard, read_scorecard
 from training.spec import RunSpec, Scaling
 from training.specfile import load_spec
 from training.workspace import RunFolder, Workspace, read_json, write_json
@@ -97,32 +97,43 @@ def session(workspace: Workspace, address: str | None, scaling: Scaling) -> Abst
 
 
 def execute(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard:
-    """Do what is left of a run: train unless the artifact stands, score, judge, report and register.
+    """Do what is left of a run; its scorecard.
 
     Ray is connected by the caller, see session(). The driver's and the libraries' output goes to the run's log; a
-    failed run is closed in the tracking store.
+    failed or interrupted run is closed in the tracking store.
     """
-    from serving.registry import register
     from training.faults import output_to
+    from training.tracking import fail_tracking, tracking_id_of
+
+    if run.registration.is_file():
+        console.print(f"run [bold]{run.id}[/] is finished")
+        return read_scorecard(run.scorecard)
+    console.print(f"run [bold]{run.id}[/]   logs {run.logs}")
+    with run.held(), output_to(run.logs / "driver.log"):
+        try:
+            return _stages(run, workspace, console)
+        except (TenureError, KeyboardInterrupt) as error:
+            fail_tracking(workspace, tracking_id_of(run), str(error) or "interrupted")
+            raise
+
+
+def _stages(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard:
+    """Train unless the artifact stands, score, judge, report and register."""
+    from serving.registry import register
     from training.report import write_report
-    from training.tracking import fail_tracking, finish_tracking, log_metrics, tracking_id_of
+    from training.tracking import finish_tracking, log_metrics, tracking_id_of
 
     spec, plan = spec_of(run), Plan(**read_json(run.plan))
     tracking_id = tracking_id_of(run)
-    console.print(f"run [bold]{run.id}[/]   logs {run.logs}")
-    try:
-        with output_to(run.logs / "driver.log"):
-            if not run.artifact.is_dir():
-                _train(run, spec, plan, workspace, console)
-            log_metrics(workspace, run, tracking_id)
-            console.print("scoring base and tuned on every suite")
-            scorecard = score_run(run, spec, workspace)
-            write_report(run)
-            finish_tracking(workspace, run, tracking_id, scorecard)
-            register(workspace, run, spec, scorecard)
-    except TenureError as error:
-        fail_tracking(workspace, tracking_id, str(error))
-        raise
+    if not run.artifact.is_dir():
+        _train(run, spec, plan, workspace, console)
+    log_metrics(workspace, run, tracking_id)
+    console.print("scoring base and tuned on every suite")
+    scorecard = score_run(run, spec, workspace)
+    write_report(run)
+    registered = register(workspace, run, spec, scorecard)
+    finish_tracking(workspace, run, tracking_id, scorecard)
+    write_json(run.registration, asdict(registered))
     return scorecard
 
 

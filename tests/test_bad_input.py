@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from command import run_tenure
+from one_command import run_tenure
 from probing import free_port
 from tiny_spec import write_rows, write_tiny_spec
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from command import ROOT, run_tenure
+from one_command import ROOT, run_tenure
 from tiny_spec import write_tiny_spec
 
 from cluster.checking import preview_text

@@ -10,7 +10,7 @@ from conftest import WholeRun
 from mlflow.tracking import MlflowClient
 
 from training.scorecard import Scorecard, read_scorecard
-from training.tracking import tracking_id_of
+from training.tracking import client, tracking_id_of
 
 
 def store(whole: WholeRun) -> MlflowClient:
@@ -108,3 +108,13 @@ def test_runs_report_and_compare_print(kept_run: WholeRun, broken_run: WholeRun)
     compared = printed("compare", "tiny-1", "broken-1")
     assert "tiny-1" in compared
     assert "broken-1" in compared
+
+
+def test_resuming_a_finished_run_does_nothing_again(kept_run: WholeRun) -> None:
+    before = kept_run.run.registration.read_bytes()
+    command = Command.start("resume", "tiny-1", workspace=kept_run.workspace.root)
+    assert command.finish() == 0, command.err
+    assert "tiny-1 is finished" in command.out
+    versions = client(kept_run.workspace).search_model_versions("name = 'tiny'")
+    assert [version.version for version in versions if version.tags["run"] == "tiny-1"] == ["1"]
+    assert kept_run.run.registration.read_bytes() == before

@@ -77,3 +77,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
             write_json(path, wrong)
         assert json.loads(path.read_text()) == {"text": "é", "number": 1.5}
     assert [file.name for file in path.parent.iterdir()] == ["value.json"]
+
+
+def test_a_run_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    run = Workspace(tmp_path).new_run("mine")
+    with run.held(), pytest.raises(TenureError, match="another process is working on run 'mine-1'"), run.held():
+        pass
+    with run.held():
+        pass

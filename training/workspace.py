@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,26 @@ class RunFolder:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def registration(self) -> Path:
+        """Written last of all: a run that has it is finished."""
+        return self.path / "registered.json"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from working on this run; the lock goes with the process, however it ends.
+
+        Raises:
+            TenureError: another process holds it.
+        """
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                what = f"another process is working on run '{self.id}'"
+                raise fail(what, str(self.path), "wait for it, or stop it first") from None
+            yield
 
 
 @dataclass(frozen=True)
