@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -40,10 +41,16 @@ class Schedule:
     def batch(self, step: int) -> list[int]:
         """Indices of the examples in global batch `step` (from 0)."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = list(range(self.num_examples))
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)
         start = position * self.global_batch_size
-        return order[start : start + self.global_batch_size]
+        return list(_order(self.num_examples, self.seed, epoch)[start : start + self.global_batch_size])
+
+
+@lru_cache(maxsize=2)
+def _order(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """An epoch's permutation; kept, since every step of the epoch asks for it."""
+    order = list(range(num_examples))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return tuple(order)
 
 
 def micro_batches(indices: Sequence[int], lengths: Sequence[int], micro: int, count: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,13 +33,18 @@ class Prepared:
     validation: dict[str, tuple[Encoded, ...]]
     num_overlong: int
 
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every training example."""
+        return tuple(len(example.ids) for example in self.train)
+
     def counts(self) -> DataCounts:
         """How many examples and tokens there are, and how long the longest example is."""
         return DataCounts(
             num_examples=len(self.train),
-            num_tokens=sum(len(example.ids) for example in self.train),
+            num_tokens=sum(self.lengths),
             num_target_tokens=sum(example.num_targets for example in self.train),
-            longest=max(len(example.ids) for example in self.train),
+            longest=max(self.lengths),
             num_overlong=self.num_overlong,
         )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.encoding import load_tokenizer, text_ids
+from training.errors import fail
 from training.models import hash_file, hash_folder
 from training.rows import SuiteItem, read_items
 from training.scorecard import Probe
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 48
 _SCORING_VERSION = 2
+_DIVERGED = "the training diverged: lower training.learning_rate, or set training.precision: fp32"
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,7 @@ def _probe(suites: tuple[AnySuite, ...], language_model: HarnessModel) -> list[d
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
         given = logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:], device=logits.device)[:, None])
-        log_probs = [value for value in given[:, 0].tolist() if math.isfinite(value)]
-        probes.append({"token_ids": ids, "log_probs": log_probs})
+        if not bool(given.isfinite().all()):
+            raise fail("the model's log-probabilities are not finite numbers", item.where, _DIVERGED)
+        probes.append({"token_ids": ids, "log_probs": given[:, 0].tolist()})
     return probes

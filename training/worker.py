@@ -123,9 +123,8 @@ class Trainer:
         """One optimizer step over one global batch; the loss is a mean over all its target tokens."""
         started = time.monotonic()
         indices = self.schedule.batch(self.step)
-        lengths = [len(example.ids) for example in self.data.train]
         count = self.plan.workers * self.plan.accumulation_steps
-        batches = micro_batches(indices, lengths, self.plan.micro_batch_size, count)
+        batches = micro_batches(indices, self.data.lengths, self.plan.micro_batch_size, count)
         num_targets = sum(self.data.train[index].num_targets for index in indices)
         rate = engines.learning_rate(self.spec.training, self.plan, self.step)
         engines.set_learning_rate(self.engine.optimizer, rate)
@@ -157,7 +156,7 @@ class Trainer:
                 "learning_rate": rate,
                 "grad_norm": engines.grad_norm(self.engine),
                 "num_target_tokens": num_targets,
-                "num_tokens": sum(len(self.data.train[index].ids) for index in indices),
+                "num_tokens": sum(self.data.lengths[index] for index in indices),
                 "seconds": seconds,
                 "epoch": self.step / self.schedule.steps_per_epoch,
             }

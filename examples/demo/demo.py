@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from openai import OpenAI
@@ -51,7 +52,8 @@ def main() -> int:
         say(f"Done in {time.monotonic() - started:.0f} s")
         tell(run, given.port, given.keep)
         if given.keep:
-            server.wait()
+            with suppress(KeyboardInterrupt):
+                server.wait()
     finally:
         stop(server)
     return verdict
