@@ -123,13 +123,16 @@ def train_here(job: JobValues) -> Trainer:
 @contextmanager
 def single_process(folder: Path) -> Iterator[None]:
     """A process group of this process alone, as Ray Train would have made it."""
-    os.environ.setdefault("LOCAL_RANK", "0")
+    before = dict(os.environ)
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
     torch.set_num_threads(1)  # as in a worker of one CPU
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def train_in_group(jobs: list[JobValues], workers: int, storage: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def score_model(job: ScoreJob) -> float:
 
     with output_to(Path(job.log)), explained_at(Path(job.log)):
         started = time.monotonic()
+        _be_alone()
         spec = RunSpec.model_validate(job.spec)
         language_model = _load(job)
         suites = {suite.name: _score_suite(suite, language_model) for suite in spec.suites.all}
@@ -100,6 +102,12 @@ def score_model(job: ScoreJob) -> float:
         answers = {name: [vars(answer) for answer in answers] for name, answers in suites.items()}
         write_json(Path(job.target), {"suites": answers, "probes": probes, "seconds": seconds})
     return seconds
+
+
+def _be_alone() -> None:
+    """Forget the process group that a launcher around the command may have named: the harness would join it."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 def read_scores(path: Path) -> tuple[dict[str, list[Answered]], tuple[Probe, ...]]:
