@@ -109,9 +109,10 @@ def execute(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard
         console.print(f"run [bold]{run.id}[/] is finished")
         return read_scorecard(run.scorecard)
     console.print(f"run [bold]{run.id}[/]   logs {run.logs}")
-    with run.held(), output_to(run.logs / "driver.log"):
+    with run.held():
         try:
-            return _stages(run, workspace, console)
+            with output_to(run.logs / "driver.log"):
+                return _stages(run, workspace, console)
         except (TenureError, KeyboardInterrupt) as error:
             fail_tracking(workspace, tracking_id_of(run), str(error) or "interrupted")
             raise

@@ -13,6 +13,7 @@ from training.errors import fail
 from training.judge import package_versions
 from training.models import hash_file, hash_folder
 from training.plan import Plan
+from training.quiet import be_quiet
 from training.scorecard import Scorecard
 from training.spec import RunSpec
 from training.workspace import RunFolder, Workspace, read_json, write_json
@@ -48,9 +49,7 @@ def _commit() -> str | None:
 
 def client(workspace: Workspace) -> MlflowClient:
     """A client of the workspace's store (or of $MLFLOW_TRACKING_URI); telemetry and its log are off."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # whatever it logs as an error it also raises
+    be_quiet()
     from mlflow.tracking import MlflowClient
 
     workspace.root.mkdir(parents=True, exist_ok=True)
@@ -63,6 +62,7 @@ def start_tracking(workspace: Workspace, run: RunFolder, spec: RunSpec, plan: Pl
     Raises:
         TenureError: the store does not answer, or refuses.
     """
+    be_quiet()
     from mlflow.entities import Param, RunTag
     from mlflow.exceptions import MlflowException
 
