@@ -116,5 +116,5 @@ def test_resuming_a_finished_run_does_nothing_again(kept_run: WholeRun) -> None:
     assert command.finish() == 0, command.err
     assert "tiny-1 is finished" in command.out
     versions = client(kept_run.workspace).search_model_versions("name = 'tiny'")
-    assert [version.version for version in versions if version.tags["run"] == "tiny-1"] == ["1"]
+    assert [str(version.version) for version in versions if version.tags["run"] == "tiny-1"] == ["1"]
     assert kept_run.run.registration.read_bytes() == before
