@@ -34,8 +34,10 @@ install: $(STAMP)
 
 $(STAMP):
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) "$$(grep '^torch==' $(LOCK))"
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps -r $(LOCK)
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS) "$$(grep '^torch==' $(LOCK))"
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS) --no-deps -r $(LOCK)
+	# pip compiles on one core; some packages ship templates that are not Python, which is no fault of the install.
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 

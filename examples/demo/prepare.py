@@ -18,7 +18,9 @@ from typing import Any
 
 NUM_TRAIN = 384
 NUM_TEST = 100
-NUM_RETENTION = 100
+NUM_SENTENCES = 100
+NUM_CHOICES = 60
+NUM_ARITHMETIC = 40
 LONGEST_CHARACTERS = 80
 MOST_CHOICE_CHARACTERS = 160
 
@@ -56,19 +58,19 @@ def choices(path: Path) -> Iterable[dict[str, Any]]:
         if len(first) + len(second) <= MOST_CHOICE_CHARACTERS and first and second and first != second:
             right = 0 if row["answer"].startswith("A.") else 1
             kept.append({"goal": row["question"].strip(), "choices": [first, second], "right": right})
-    return kept[:NUM_RETENTION]
+    return kept[:NUM_CHOICES]
 
 
 def arithmetic(path: Path) -> Iterable[dict[str, str]]:
     """Word problems with their short answers."""
     rows = [{"problem": f"{row['passage']} {row['question']}", "answer": row["answer"]} for row in read(path)]
-    return rows[: NUM_RETENTION // 2]
+    return rows[:NUM_ARITHMETIC]
 
 
 def sentences(path: Path) -> Iterable[dict[str, str]]:
     """Sentences of Wikipedia long enough to be sentences."""
     rows = [{"text": row["text"]} for row in read(path) if len(row["text"]) > 40]
-    return rows[:NUM_RETENTION]
+    return rows[:NUM_SENTENCES]
 
 
 def read(path: Path) -> Iterable[dict[str, Any]]:
