@@ -19,7 +19,7 @@ from training.suites import encode_item
 from training.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 # Raised when the same files and settings come to give other token ids.
 _ENCODING_VERSION = 2
@@ -132,11 +132,3 @@ def _to_json(prepared: Prepared) -> dict[str, object]:
 
 def _from_json(raw: list[list[int]]) -> Encoded:
     return Encoded(tuple(raw[0]), tuple(bool(wanted) for wanted in raw[1]))
-
-
-def preview(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, count: int = 1) -> list[Encoded]:
-    """The first examples of the first source, encoded, to be shown."""
-    source = spec.data.train[0]
-    chat = wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
-    examples = read_conversations(source)[:count]
-    return encode_all(tokenizer, examples, chat, spec.training.max_length, "truncate")[0]
