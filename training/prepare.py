@@ -7,7 +7,6 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from training.encoding import Encoded, encode_all, load_tokenizer, wants_chat
 from training.errors import Problem, TenureError, fail
@@ -17,9 +16,6 @@ from training.rows import read_conversations, read_items
 from training.spec import RunSpec
 from training.suites import encode_item
 from training.workspace import Workspace, read_json, write_json
-
-if TYPE_CHECKING:
-    pass
 
 # Raised when the same files and settings come to give other token ids.
 _ENCODING_VERSION = 2
