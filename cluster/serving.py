@@ -20,7 +20,7 @@ from serving.endpoint import Endpoint, check_port, deploy
 from serving.registry import registered_artifact
 from training.faults import output_to
 from training.scorecard import Scorecard, read_scorecard
-from training.spec import Lora
+from training.strategy import Lora
 from training.workspace import RunFolder
 
 MAX_MODEL_LEN = 2048

@@ -13,8 +13,9 @@ from tiny_spec import write_tiny_spec
 from training.errors import TenureError
 from training.models import ModelInfo, read_model_info
 from training.plan import GIB, DataCounts, Plan, count_trainable, make_plan
-from training.spec import Full, Lora, RunSpec
+from training.spec import RunSpec
 from training.specfile import load_spec
+from training.strategy import Full, Lora
 from training.tuning import apply_tuning, load_base
 
 COUNTS = DataCounts(num_examples=50, num_tokens=2000, num_target_tokens=300, longest=60, num_overlong=2)

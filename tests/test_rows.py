@@ -14,7 +14,8 @@ from tiny_spec import write_rows
 
 from training.errors import TenureError
 from training.rows import MAX_PROBLEMS, read_conversations, read_items, read_rows
-from training.spec import Accuracy, CrossEntropy, ExactMatch, Source
+from training.section import Source
+from training.spec import Accuracy, CrossEntropy, ExactMatch
 
 
 def raw(folder: Path, data: bytes) -> Path:

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from tiny_spec import write_rows
 
 from training.errors import TenureError
-from training.spec import Lora, RunSpec
+from training.spec import RunSpec
 from training.specfile import load_spec
+from training.strategy import Lora
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -200,7 +201,7 @@ def test_a_wrong_value_is_one_problem_at_its_key(folder: Path, old: str, new: st
         (
             "scaling:",
             "protections: [{type: l2sp, strength: 0.1}]\nscaling:",
-            "14: protections",
+            "14: protections[0]",
             "l2sp pulls full weights towards the base, and LoRA leaves those untouched",
             "use tuning: {type: full}",
         ),
@@ -229,7 +230,7 @@ def test_a_wrong_value_is_one_problem_at_its_key(folder: Path, old: str, new: st
             "completion: answer\nsuites",
             "completion: answer\n      messages: turns\nsuites",
             "9: data.train[0].messages",
-            "messages stand beside prompt, completion or system",
+            "messages stand beside other columns",
             "give messages alone",
         ),
     ],
@@ -243,7 +244,7 @@ def test_keys_that_do_not_go_together_are_told_at_one_of_them(
 def test_one_protection_is_listed_once(folder: Path) -> None:
     twice = "[{type: l2sp, strength: 0.1}, {type: l2sp, strength: 0.2}]"
     text = changed("{type: lora, rank: 4}", "{type: full}") + f"protections: {twice}\n"
-    assert faults(folder, text) == [("18: protections", "a protection is listed twice", "list each protection once")]
+    assert faults(folder, text) == [("18: protections[1]", "l2sp is listed twice", "list each protection once")]
 
 
 def test_an_empty_data_file_is_refused_and_files_can_be_left_unseen(folder: Path) -> None:

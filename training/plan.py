@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from training.errors import Problem, TenureError
 from training.models import ModelInfo
-from training.spec import Full, Lora, RunSpec
+from training.spec import RunSpec
+from training.strategy import Full, Lora
 
 GIB = 2**30
 _ADAM_STATES = 2

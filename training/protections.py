@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from training.spec import L2sp
+from training.strategy import L2sp
 
 Shards = list[torch.Tensor]
 

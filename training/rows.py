@@ -14,7 +14,8 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from training.errors import Problem, TenureError, raise_all
-from training.spec import Accuracy, CrossEntropy, ExactMatch, Source
+from training.section import Source
+from training.spec import Accuracy, CrossEntropy, ExactMatch
 
 MAX_PROBLEMS = 20
 ROLES = ("system", "user", "assistant", "tool")

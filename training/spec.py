@@ -5,111 +5,25 @@ Paths in a spec file are relative to that file. Every class is one section of th
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-Natural = Annotated[int, Field(strict=True, ge=0)]
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
-Flag = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(strict=True, min_length=1)]
-Name = Annotated[str, Field(strict=True, pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-
-
-def fault(what: str, instead: str, at: tuple[str | int, ...] = ()) -> PydanticCustomError:
-    """An error for a validator to raise; `at` is the key below the section that it is about."""
-    return PydanticCustomError("tenure", "{what}", {"what": what, "instead": instead, "at": at})
-
-
-def _existing_file(value: Any, info: ValidationInfo) -> Any:
-    """The path, absolute; refused when the file is missing or empty (unless files are not to be looked at)."""
-    context = info.context or {}
-    if not isinstance(value, str | Path) or not str(value):
-        raise fault("a path is wanted here", "give the path of a JSONL file")
-    path = Path(value).expanduser()
-    path = Path(os.path.abspath(Path(context.get("folder", ".")) / path))
-    if context.get("look_at_files", False):
-        if not path.is_file():
-            raise fault(f"there is no file {path}", "a relative path starts at the spec's own folder")
-        if path.stat().st_size == 0:
-            raise fault(f"the file {path} is empty", "write one JSON object per line")
-    return path
-
-
-DataFile = Annotated[Path, BeforeValidator(_existing_file)]
-
-
-class Section(BaseModel):
-    """A closed, frozen part of the spec."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Sft(Section):
-    """Supervised fine-tuning: cross-entropy on completion tokens alone."""
-
-    type: Literal["sft"] = "sft"
-
-
-class Full(Section):
-    """Every parameter moves."""
-
-    type: Literal["full"] = "full"
-
-
-class Lora(Section):
-    """Low-rank adapters (arXiv 2106.09685) on the named linear modules."""
-
-    type: Literal["lora"] = "lora"
-    rank: Count = 16
-    alpha: Positive = 32
-    dropout: Fraction = 0.0
-    target_modules: Literal["all-linear"] | tuple[Text, ...] = "all-linear"
-
-
-class L2sp(Section):
-    """A pull towards the starting weights: strength/2 times the squared distance (arXiv 1802.01483)."""
-
-    type: Literal["l2sp"] = "l2sp"
-    strength: Positive
-
-
-Objective = Sft
-Tuning = Annotated[Full | Lora, Field(discriminator="type")]
-Protection = L2sp
-
-
-class Source(Section):
-    """Training rows: a JSONL file with either a prompt and a completion, or chat messages.
-
-    `prompt` and `completion` name a column, or are a Jinja template over columns when they hold `{{`; `system` is
-    text, or such a template.
-    `chat` says whether prompts are rendered by the model's chat template (auto: when it has one).
-    """
-
-    path: DataFile
-    prompt: Text | None = None
-    completion: Text | None = None
-    messages: Text | None = None
-    system: Text | None = None
-    chat: Flag | Literal["auto"] = "auto"
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Source:
-        pair = self.prompt is not None and self.completion is not None
-        if self.messages is not None and (self.prompt or self.completion or self.system):
-            raise fault("messages stand beside prompt, completion or system", "give messages alone", ("messages",))
-        if self.messages is None and not pair:
-            raise fault("rows need a prompt and a completion", "set prompt and completion, or messages, to columns")
-        if self.messages is not None and self.chat is False:
-            raise fault("messages need the chat template", "remove chat: false", ("chat",))
-        return self
+from training.section import (
+    Count,
+    DataFile,
+    Flag,
+    Fraction,
+    Name,
+    Natural,
+    NonNegative,
+    Positive,
+    Section,
+    Source,
+    Text,
+    fault,
+)
+from training.strategy import FORMS, Distill, Dpo, Lm, Objective, Protection, Sft, Tuning, known_model, refusals
 
 
 class Data(Section):
@@ -269,15 +183,25 @@ class RunSpec(Section):
     @field_validator("model")
     @classmethod
     def _model_is_known(cls, value: str, info: ValidationInfo) -> str:
-        find = (info.context or {}).get("find_model")
-        return str(find(value)) if find else value
+        return known_model(value, info)
 
     @field_validator("protections")
     @classmethod
     def _combination_is_valid(cls, value: tuple[Protection, ...], info: ValidationInfo) -> tuple[Protection, ...]:
-        reason = refusal(info.data["tuning"], value) if "tuning" in info.data else None
-        if reason:
-            raise fault(*reason)
+        if "objective" in info.data and "tuning" in info.data:
+            for refusal in refusals(info.data["objective"], info.data["tuning"], value):
+                raise fault(*refusal)
+        return value
+
+    @field_validator("data")
+    @classmethod
+    def _forms_fit(cls, value: Data, info: ValidationInfo) -> Data:
+        objective: Sft | Lm | Dpo | Distill | None = info.data.get("objective")
+        for index, source in enumerate(value.train):
+            if objective and source.form not in FORMS[objective.type]:
+                what = f"objective {objective.type} cannot learn from rows of the form {source.form}"
+                instead = f"give {' or '.join(FORMS[objective.type])}, or another objective"
+                raise fault(what, instead, ("train", index))
         return value
 
     @field_validator("training")
@@ -294,13 +218,3 @@ class RunSpec(Section):
                 f"{size} does not divide by {what}", f"set global_batch_size: {nearest}", ("global_batch_size",)
             )
         return value
-
-
-def refusal(tuning: Full | Lora, protections: tuple[L2sp, ...]) -> tuple[str, str] | None:
-    """Why a tuning and protections do not go together, and what to set instead; None when they do."""
-    kinds = [protection.type for protection in protections]
-    if len(set(kinds)) < len(kinds):
-        return "a protection is listed twice", "list each protection once"
-    if "l2sp" in kinds and isinstance(tuning, Lora):
-        return "l2sp pulls full weights towards the base, and LoRA leaves those untouched", "use tuning: {type: full}"
-    return None

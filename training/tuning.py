@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from training.spec import Full, Lora
+from training.strategy import Full, Lora
 
 ADAPTER = "default"
 

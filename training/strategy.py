@@ -1,0 +1,289 @@
+"""What a strategy is made of: one objective, one tuning, any number of protections; and which go together.
+
+Free of torch: a wrong combination is refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from training.section import Count, Flag, Fraction, Positive, Section, Source, Text, fault
+
+# ------------------------------------------------------------------------------------------------ objectives
+
+
+class Sft(Section):
+    """Supervised fine-tuning: cross-entropy on completion tokens alone."""
+
+    type: Literal["sft"] = "sft"
+
+
+class Lm(Section):
+    """Continued pre-training: cross-entropy on every token of plain text, cut into pieces of max_length."""
+
+    type: Literal["lm"] = "lm"
+
+
+class Dpo(Section):
+    """Direct preference optimisation (arXiv 2305.18290) of chosen over rejected answers.
+
+    The reference is the base model: the switched-off adapter, or for weights that move, cached log-probabilities.
+    """
+
+    type: Literal["dpo"] = "dpo"
+    beta: Positive = 0.1
+
+
+def known_model(value: str, info: ValidationInfo) -> str:
+    """The folder of a model, by the finder in the validation's context (where there is one)."""
+    find = (info.context or {}).get("find_model")
+    return str(find(value)) if find else value
+
+
+class Distill(Section):
+    """Distillation: `weight` times a divergence from a teacher's next-token distribution, the rest cross-entropy.
+
+    `forward_kl` is KL(teacher||student) (arXiv 1503.02531), `reverse_kl` KL(student||teacher), `jsd` the generalised
+    Jensen-Shannon divergence with `beta` (arXiv 2306.13649); each at `temperature`, times its square.
+    Without `top_k` the teacher runs beside the student; with it, its top k log-probabilities are cached on disk.
+    """
+
+    type: Literal["distill"] = "distill"
+    teacher: Text
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: Fraction = 0.5
+    temperature: Positive = 1.0
+    weight: Fraction = 0.5
+    top_k: Count | None = None
+
+    @field_validator("teacher")
+    @classmethod
+    def _teacher_is_known(cls, value: str, info: ValidationInfo) -> str:
+        return known_model(value, info)
+
+
+Objective = Annotated[Sft | Lm | Dpo | Distill, Field(discriminator="type")]
+FORMS: dict[str, tuple[str, ...]] = {
+    "sft": ("completion", "messages"),
+    "distill": ("completion", "messages"),
+    "lm": ("text",),
+}
+FORMS["dpo"] = ("preference",)
+
+# ---------------------------------------------------------------------------------------------------- tuning
+
+
+class Full(Section):
+    """Every parameter moves."""
+
+    type: Literal["full"] = "full"
+
+
+class Partial(Section):
+    """Only the parameters move whose name matches one of the patterns (shell wildcards, as in `model.layers.2?.*`)."""
+
+    type: Literal["partial"] = "partial"
+    parameters: Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
+class Lora(Section):
+    """Low-rank adapters (arXiv 2106.09685) on the named linear modules."""
+
+    type: Literal["lora"] = "lora"
+    rank: Count = 16
+    alpha: Positive = 32
+    dropout: Fraction = 0.0
+    target_modules: Literal["all-linear"] | tuple[Text, ...] = "all-linear"
+
+
+Tuning = Annotated[Full | Partial | Lora, Field(discriminator="type")]
+
+# ----------------------------------------------------------------------------------------------- protections
+
+
+def _artifact(value: Any, info: ValidationInfo) -> Any:
+    """The folder of an importance artifact, absolute."""
+    context = info.context or {}
+    if not isinstance(value, str | Path) or not str(value):
+        raise fault("a path is wanted here", "give the folder of an importance artifact")
+    path = Path(os.path.abspath(Path(context.get("folder", ".")) / Path(value).expanduser()))
+    if context.get("look_at_files", False) and not (path / "importance.json").is_file():
+        raise fault(f"{path} holds no importance.json", "make one with: tenure importance compute")
+    return path
+
+
+ImportanceFolder = Annotated[Path, BeforeValidator(_artifact)]
+Update = Literal["auto", "coupled", "proximal"]
+Normalise = Literal["mean", "max", "none"]
+
+
+class L2sp(Section):
+    """A pull towards the starting weights: strength/2 times the squared distance (arXiv 1802.01483)."""
+
+    type: Literal["l2sp"] = "l2sp"
+    strength: Positive
+    update: Update = "auto"
+
+
+class Ewc(Section):
+    """Elastic weight consolidation (arXiv 1612.00796): strength/2 times the Fisher-weighted squared distance.
+
+    The diagonal Fisher information is read from `importance`, or computed once on `data` with the base model:
+    `exact` draws labels from the model, `empirical` takes the data's own. With `previous`, that earlier importance
+    times `gamma` is added: online EWC over a chain of tasks (arXiv 1805.06370).
+    """
+
+    type: Literal["ewc"] = "ewc"
+    strength: Positive
+    update: Update = "auto"
+    normalise: Normalise = "mean"
+    stored: Literal["fp32", "bf16"] = "fp32"
+    importance: ImportanceFolder | None = None
+    data: tuple[Source, ...] = ()
+    estimator: Literal["exact", "empirical"] = "exact"
+    examples: Count = 256
+    previous: ImportanceFolder | None = None
+    gamma: Fraction = 1.0
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Ewc:
+        if bool(self.importance) == bool(self.data):
+            raise fault(
+                "ewc needs the importance of the weights", "set importance to a folder, or data to compute it on"
+            )
+        if self.previous and not self.data:
+            raise fault(
+                "previous is added to what data give", "set data, or give the chain as importance", ("previous",)
+            )
+        return self
+
+
+class Si(Section):
+    """Synaptic intelligence (arXiv 1703.04200): strength times the path-weighted squared distance.
+
+    The importance comes from an earlier task's run (`importance`), or from a consolidation pass: training on `data`
+    from the base for `steps` steps at `learning_rate`, whose path is kept and whose weights are thrown away. With
+    neither there is nothing to protect, and `record: true` says that only this run's own path is wanted.
+    Every run that moves whole weights leaves its own importance, earlier ones added, beside its artifact.
+    """
+
+    type: Literal["si"] = "si"
+    strength: Positive
+    update: Update = "auto"
+    normalise: Normalise = "mean"
+    stored: Literal["fp32", "bf16"] = "fp32"
+    importance: ImportanceFolder | None = None
+    data: tuple[Source, ...] = ()
+    steps: Count = 50
+    learning_rate: Positive = 1e-5
+    xi: Positive = 1e-3
+    record: Flag = False
+
+    @model_validator(mode="after")
+    def _has_a_path(self) -> Si:
+        if self.importance and self.data:
+            raise fault("si takes its importance from one place", "remove importance or data", ("data",))
+        if not (self.importance or self.data or self.record):
+            what = "si has no earlier path to protect"
+            instead = (
+                "set importance to an earlier run's, data for a consolidation pass, or record: true for a first task"
+            )
+            raise fault(what, instead)
+        return self
+
+
+class Generate(Section):
+    """Replay rows written by the base model: prompts of its own, or those of a file, and its sampled answers."""
+
+    examples: Count = 256
+    max_new_tokens: Count = 128
+    temperature: Positive = 1.0
+    prompts: Source | None = None
+
+
+class Replay(Section):
+    """A share of every global batch is drawn from retention data, given or generated once by the base model."""
+
+    type: Literal["replay"] = "replay"
+    share: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.25
+    data: tuple[Source, ...] = ()
+    generate: Generate | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Replay:
+        if bool(self.data) == bool(self.generate):
+            raise fault(
+                "replay needs rows to replay", "set data to sources, or generate: {} to have the base write them"
+            )
+        return self
+
+
+class Kl(Section):
+    """Learning without forgetting (arXiv 1606.09282): KL(base||tuned) on the training rows' targets.
+
+    Times `strength`, at `temperature`, times its square. An adapter is switched off to give the base; for weights that
+    move, the base's `top_k` log-probabilities are computed once and cached.
+    """
+
+    type: Literal["kl"] = "kl"
+    strength: Positive = 1.0
+    temperature: Positive = 1.0
+    top_k: Count = 64
+
+
+class Wise(Section):
+    """Interpolation after training (arXiv 2109.01903): the artifact is (1 - alpha) x base + alpha x tuned."""
+
+    type: Literal["wise"] = "wise"
+    alpha: Fraction
+
+
+class Flow(Section):
+    """Sample weights exp(-loss/temperature) from the base's mean loss per sample; by default their median."""
+
+    type: Literal["flow"] = "flow"
+    temperature: Positive | Literal["median"] = "median"
+
+
+class Stm(Section):
+    """Target tokens whose perplexity under the base exceeds `threshold` carry no loss (arXiv 2501.14315)."""
+
+    type: Literal["stm"] = "stm"
+    threshold: Positive = 2.5
+
+
+Protection = Annotated[L2sp | Ewc | Si | Replay | Kl | Wise | Flow | Stm, Field(discriminator="type")]
+Quadratic = (L2sp, Ewc, Si)
+
+
+# ----------------------------------------------------------------------------------------------- combination
+
+Refusal = tuple[str, str, tuple[str | int, ...]]
+
+
+def refusals(
+    objective: Sft | Lm | Dpo | Distill,
+    tuning: Full | Partial | Lora,
+    protections: tuple[L2sp | Ewc | Si | Replay | Kl | Wise | Flow | Stm, ...],
+) -> list[Refusal]:
+    """Why parts do not go together: what, what instead, and the key below protections; none when they do."""
+    found: list[Refusal] = []
+    kinds = [protection.type for protection in protections]
+    for index, kind in enumerate(kinds):
+        if kind in kinds[:index]:
+            found.append((f"{kind} is listed twice", "list each protection once", (index,)))
+    for index, protection in enumerate(protections):
+        reason = _refuse(objective, tuning, protection)
+        if reason:
+            found.append((*reason, (index,)))
+    return found
+
+
+def _refuse(objective: Any, tuning: Any, protection: Any) -> tuple[str, str] | None:
+    if isinstance(protection, L2sp) and isinstance(tuning, Lora):
+        return "l2sp pulls full weights towards the base, and LoRA leaves those untouched", "use tuning: {type: full}"
+    return None
