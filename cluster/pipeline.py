@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cluster.aids import ready_aids
 from cluster.screen import progress
 from cluster.session import ray_session
 from training.errors import TenureError, fail
@@ -144,9 +145,10 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
 
     drop_torn_row(run.metrics)
     prepared = prepare(spec, workspace)
+    aids = ready_aids(spec, plan, prepared, workspace)
     console.print(f"training on {plan.workers} workers, ZeRO {plan.zero_stage}, {plan.steps} steps")
     with progress(console, run.metrics, plan.steps):
-        fit(make_job(spec, plan, prepared, run, hash_spec(spec)), spec.scaling, run)
+        fit(make_job(spec, plan, prepared, run, hash_spec(spec), aids), spec.scaling, run)
 
 
 def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:

@@ -73,7 +73,7 @@ def plan_job(path: Path, workspace: Workspace) -> JobValues:
     """The job of a spec file, with a run folder of its own."""
     spec = read_spec(path, workspace)
     plan, prepared = plan_run(spec, workspace)
-    return make_job(spec, plan, prepared, workspace.new_run(spec.name), hash_spec(spec))
+    return make_job(spec, plan, prepared, workspace.new_run(spec.name), hash_spec(spec), {})
 
 
 def run_of(job: JobValues) -> RunFolder:

@@ -38,6 +38,7 @@ class Job:
     prepared: str
     run: str
     spec_hash: str
+    aids: dict[str, str]
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -222,7 +223,9 @@ def _expect_trainable(model: torch.nn.Module, plan: Plan) -> None:
         print(f"warning: {what}: this architecture names its linear modules in an unknown way", flush=True)
 
 
-def make_job(spec: RunSpec, plan: Plan, prepared: Path, folder: RunFolder, spec_hash: str) -> dict[str, Any]:
+def make_job(
+    spec: RunSpec, plan: Plan, prepared: Path, folder: RunFolder, spec_hash: str, aids: dict[str, str]
+) -> dict[str, Any]:
     """A worker's job as plain values."""
-    job = Job(spec.model_dump(mode="json"), asdict(plan), str(prepared), str(folder.path), spec_hash)
+    job = Job(spec.model_dump(mode="json"), asdict(plan), str(prepared), str(folder.path), spec_hash, aids)
     return asdict(job)
