@@ -438,7 +438,7 @@ def test_importance_can_be_held_in_bf16() -> None:
         Layout.of_parameters({"theta": theta}),
         optimizer,
         strength=1.0,
-        weights=[weight.to(_DTYPES["bf16"])],
+        weights=[weight.to(torch.bfloat16)],
         update="coupled",
     )
     with torch.no_grad():
