@@ -38,7 +38,7 @@ Weights = dict[str, torch.Tensor]
 XI = 1e-3
 PULLS: dict[str, tuple[str, dict[str, Any]]] = {
     "l2sp coupled": ("full", {"type": "l2sp", "strength": 0.3, "update": "coupled"}),
-    "l2sp proximal": ("full", {"type": "l2sp", "strength": 3.0}),
+    "l2sp proximal": ("full", {"type": "l2sp", "strength": 30.0}),
     "ewc coupled": ("full", {"type": "ewc", "strength": 0.3, "update": "coupled"}),
     "ewc proximal": ("full", {"type": "ewc", "strength": 30.0}),
     "si coupled": ("full", {"type": "si", "strength": 0.1, "update": "coupled", "normalise": "none", "xi": XI}),

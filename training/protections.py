@@ -46,7 +46,9 @@ class QuadraticPull:
         if update == "coupled":
             optimizer.register_step_pre_hook(self._add_gradient)
         else:
-            optimizer.register_step_post_hook(self._pull_back)
+            handle = optimizer.register_step_post_hook(self._pull_back)
+            # It is part of the step, so whoever watches what the step did to the weights comes after it.
+            optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
 
     @torch.no_grad()
     def _add_gradient(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
