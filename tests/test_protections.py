@@ -21,7 +21,7 @@ from cluster.pipeline import plan_run
 from training.batches import Schedule
 from training.checkpoint import _open_shards, latest_checkpoint
 from training.faults import output_to
-from training.fisher import FisherJob, _compute, diagonal_fisher, pick_examples
+from training.fisher import FisherJob, _compute, pick_examples
 from training.importance import TENSORS_FILE, read_info, write_importance
 from training.layout import Layout
 from training.models import hash_folder
@@ -29,6 +29,7 @@ from training.prepare import load_prepared
 from training.product import ProductPull
 from training.protections import PathIntegral, QuadraticPull
 from training.spec import RunSpec
+from training.squares import diagonal_fisher
 from training.strategy import Ewc, L2sp, Lora, Si
 from training.tuning import apply_tuning, load_base
 from training.worker import Job, Trainer, seed_everything
