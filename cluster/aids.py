@@ -7,11 +7,43 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cluster.tasks import run_tasks
 from training.plan import Plan
+from training.prepare import load_prepared
 from training.spec import RunSpec
 from training.workspace import Workspace
 
 
 def ready_aids(spec: RunSpec, plan: Plan, prepared: Path, workspace: Workspace) -> dict[str, str]:
-    """The paths of a run's aids by name, made where they are missing. Ray is connected by the caller."""
-    return {}
+    """The paths of a run's aids by name, made where they are missing. Ray is connected by the caller.
+
+    Raises:
+        TenureError: an aid cannot be made, or says that there is nothing to learn.
+    """
+    from training.scoring import scoring_precision
+    from training.signals import compute_signals, signal_jobs
+
+    jobs = signal_jobs(spec, prepared, workspace, scoring_precision(spec.scaling.gpus_per_worker))
+    missing = [job for job in jobs.values() if not Path(job.target).is_file()]
+    run_tasks(
+        compute_signals,
+        missing,
+        spec.scaling,
+        workspace.cache / "signals",
+        "a process that asks the base or the teacher",
+    )
+    return {name: job.target for name, job in jobs.items()}
+
+
+def describe_aids(spec: RunSpec, prepared: Path, aids: dict[str, str]) -> str:
+    """What the aids change about the run, in words; empty when there is nothing to tell.
+
+    Raises:
+        TenureError: they leave nothing to learn.
+    """
+    if not any(protection.type in ("flow", "stm") for protection in spec.protections):
+        return ""
+    from training.weighing import describe, weigh
+
+    data = load_prepared(prepared)
+    return describe(data, weigh(data, spec, aids))

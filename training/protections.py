@@ -6,12 +6,12 @@ calls `step`, at every ZeRO stage. What runs in a step pre-hook therefore sees s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from training.strategy import L2sp
+from training.strategy import Flow, Kl, L2sp, Stm
 
 Shards = list[torch.Tensor]
 
@@ -58,10 +58,11 @@ class AttachedL2sp:
 
 Attach = Callable[[Any, Any, torch.optim.Optimizer], AttachedProtection]
 PROTECTIONS: dict[type, Attach] = {L2sp: AttachedL2sp}
+# These act on the data and in the loss: training/weighing.py, training/objectives.py.
+ELSEWHERE = (Kl, Flow, Stm)
 
 
-def attach_all(
-    protections: tuple[L2sp, ...], engine: Any, optimizer: torch.optim.Optimizer
-) -> list[AttachedProtection]:
-    """Hook every protection of the spec to the client optimizer, in the spec's order."""
-    return [PROTECTIONS[type(protection)](protection, engine, optimizer) for protection in protections]
+def attach_all(protections: Sequence[Any], engine: Any, optimizer: torch.optim.Optimizer) -> list[AttachedProtection]:
+    """Hook every protection of the spec that acts on the weights to the client optimizer, in the spec's order."""
+    attached = [protection for protection in protections if not isinstance(protection, ELSEWHERE)]
+    return [PROTECTIONS[type(protection)](protection, engine, optimizer) for protection in attached]
