@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cluster.importance import ready_importances
 from cluster.tasks import run_tasks
 from training.plan import Plan
 from training.prepare import load_prepared
@@ -14,24 +15,30 @@ from training.spec import RunSpec
 from training.workspace import Workspace
 
 
-def ready_aids(spec: RunSpec, plan: Plan, prepared: Path, workspace: Workspace) -> dict[str, str]:
+def ready_aids(
+    spec: RunSpec, plan: Plan, prepared: Path, workspace: Workspace, logs: Path, memory_limit: int | None
+) -> dict[str, str]:
     """The paths of a run's aids by name, made where they are missing. Ray is connected by the caller.
 
+    Args:
+        logs: where the processes that make them write.
+        memory_limit: bytes that one worker may take, or None where that is not known.
+
     Raises:
-        TenureError: an aid cannot be made, or says that there is nothing to learn.
+        TenureError: an aid cannot be made.
     """
+    signals = ready_signals(spec, prepared, workspace, logs)
+    return signals | ready_importances(spec, workspace, logs, memory_limit)
+
+
+def ready_signals(spec: RunSpec, prepared: Path, workspace: Workspace, logs: Path) -> dict[str, str]:
+    """The files of what frozen models say about the training rows, computed where they are not there yet."""
     from training.scoring import scoring_precision
     from training.signals import compute_signals, signal_jobs
 
-    jobs = signal_jobs(spec, prepared, workspace, scoring_precision(spec.scaling.gpus_per_worker))
+    jobs = signal_jobs(spec, prepared, workspace, scoring_precision(spec.scaling.gpus_per_worker), logs)
     missing = [job for job in jobs.values() if not Path(job.target).is_file()]
-    run_tasks(
-        compute_signals,
-        missing,
-        spec.scaling,
-        workspace.cache / "signals",
-        "a process that asks the base or the teacher",
-    )
+    run_tasks(compute_signals, missing, spec.scaling, logs, "the process that asks a frozen model")
     return {name: job.target for name, job in jobs.items()}
 
 

@@ -15,11 +15,12 @@ from cluster.screen import progress
 from cluster.session import ray_session
 from cluster.tasks import run_tasks
 from training.errors import TenureError, fail
+from training.importance import check_importances
 from training.models import find_model, read_model_info
 from training.plan import GIB, Plan, make_plan
 from training.prepare import load_prepared, prepare
 from training.scorecard import Scorecard, read_scorecard
-from training.spec import RunSpec, Scaling
+from training.spec import Export, RunSpec, Scaling
 from training.specfile import load_spec
 from training.teacher import check_teacher
 from training.workspace import RunFolder, Workspace, read_json, write_json
@@ -34,6 +35,7 @@ def read_spec(path: Path, workspace: Workspace) -> RunSpec:
 
 def plan_run(spec: RunSpec, workspace: Workspace) -> tuple[Plan, Path]:
     """Check and encode all data, and plan; nothing of a run exists yet."""
+    check_importances(spec)
     teacher = check_teacher(spec)
     prepared = prepare(spec, workspace)
     counts = load_prepared(prepared).counts()
@@ -93,6 +95,11 @@ def hash_spec(spec: RunSpec) -> str:
     return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
 
 
+def hash_training(spec: RunSpec) -> str:
+    """A hash of what decides a run's weights: all that the spec says but where it runs and what is exported."""
+    return hash_spec(spec.model_copy(update={"scaling": Scaling(), "export": Export()}))
+
+
 def session(workspace: Workspace, address: str | None, scaling: Scaling) -> AbstractContextManager[None]:
     """Ray with what a run claims of it; opened before the run has a folder, so that a refusal leaves nothing."""
     return ray_session(address, _needs(scaling), workspace.root / "ray.log")
@@ -146,13 +153,13 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
 
     drop_torn_row(run.metrics)
     prepared = prepare(spec, workspace)
-    aids = ready_aids(spec, plan, prepared, workspace)
+    aids = ready_aids(spec, plan, prepared, workspace, run.logs, memory_limit(spec.scaling))
     note = describe_aids(spec, prepared, aids)
     if note:
         console.print(note)
     console.print(f"training on {plan.workers} workers, ZeRO {plan.zero_stage}, {plan.steps} steps")
     with progress(console, run.metrics, plan.steps):
-        fit(make_job(spec, plan, prepared, run, hash_spec(spec), aids), spec.scaling, run)
+        fit(make_job(spec, plan, prepared, run, hash_training(spec), aids), spec.scaling, run)
 
 
 def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:

@@ -16,11 +16,10 @@ import yaml
 from safetensors.torch import load_file
 from tiny_spec import write_rows, write_tiny_spec
 
-from cluster.pipeline import hash_spec, plan_run, read_spec
+from cluster.pipeline import hash_training, plan_run, read_spec
 from training.errors import TenureError
 from training.faults import output_to
 from training.plan import Plan
-from training.protections import masters
 from training.signals import compute_signals, signal_jobs
 from training.spec import RunSpec
 from training.worker import Job, Trainer, make_job
@@ -32,7 +31,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "full": {"type": "full"},
     "l2sp": {"type": "full"},
 }
-PROTECTIONS = {"l2sp": [{"type": "l2sp", "strength": 0.1}]}
+PROTECTIONS = {"l2sp": [{"type": "l2sp", "strength": 0.1, "update": "coupled"}]}
 # 45 rows in batches of 8: the sixth step of every epoch is short. The loss of a random model starts near 8 nats with
 # gradients far above the clipping norm.
 STEPS: dict[str, Any] = {
@@ -84,12 +83,12 @@ def plan_job(path: Path, workspace: Workspace) -> JobValues:
     spec = read_spec(path, workspace)
     plan, prepared = plan_run(spec, workspace)
     aids = aids_of(spec, prepared, workspace)
-    return make_job(spec, plan, prepared, workspace.new_run(spec.name), hash_spec(spec), aids)
+    return make_job(spec, plan, prepared, workspace.new_run(spec.name), hash_training(spec), aids)
 
 
 def aids_of(spec: RunSpec, prepared: Path, workspace: Workspace) -> dict[str, str]:
     """A run's aids, made in this process where they are missing."""
-    jobs = signal_jobs(spec, prepared, workspace, "float32")
+    jobs = signal_jobs(spec, prepared, workspace, "float32", workspace.root)
     for job in jobs.values():
         if not Path(job.target).is_file():
             compute_signals(job)
@@ -186,7 +185,7 @@ def _train_one(job: JobValues, folder: RunFolder) -> None:
         write_json(folder.path / f"refusal-{rank}.json", str(error))
         return
     trainer.run()
-    dtypes = [str(master.dtype) for master in masters(trainer.engine, trainer.optimizer)]
+    dtypes = [str(master.dtype) for master in trainer.attached.layout.masters]
     buffers = sorted({str(buffer.dtype) for _, buffer in trainer.engine.module.named_buffers()})
     write_json(folder.path / f"dtypes-{rank}.json", {"masters": dtypes, "buffers": buffers})
     trainer.engine.destroy()

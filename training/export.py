@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,19 @@ def gather_masters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def export_artifact(
-    model: Any, tokenizer: PreTrainedTokenizerBase, base: Path, target: Path, spec: RunSpec, run_id: str
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Path,
+    target: Path,
+    spec: RunSpec,
+    run_id: str,
+    write_beside: Callable[[Path], None] | None = None,
 ) -> None:
-    """Save the tuned model as a folder that is complete or not there; every rank calls it."""
+    """Save the tuned model as a folder that is complete or not there; every rank calls it.
+
+    Args:
+        write_beside: writes what goes with the model, into the folder given; called on rank 0.
+    """
     weights = gather_masters(model)
     if dist.get_rank() == 0:
         part = target.with_name(f".{target.name}.part")
@@ -58,6 +69,8 @@ def export_artifact(
             save_merged(base, part, part / MERGED_FOLDER, tokenizer)
         lineage = {"run": run_id, "tuning": spec.tuning.type, "base_model": str(base), "base_hash": hash_folder(base)}
         write_json(part / LINEAGE_FILE, lineage)
+        if write_beside is not None:
+            write_beside(part)
         part.rename(target)
     dist.barrier()
 

@@ -73,11 +73,14 @@ def asks(spec: RunSpec) -> dict[str, Ask]:
     return wanted
 
 
-def signal_jobs(spec: RunSpec, prepared: Path, workspace: Workspace, precision: str) -> dict[str, SignalJob]:
+def signal_jobs(
+    spec: RunSpec, prepared: Path, workspace: Workspace, precision: str, logs: Path
+) -> dict[str, SignalJob]:
     """The job of every signal that a run needs, by the name of the aid; its target may stand already.
 
     Args:
         precision: of the frozen model, which decides its answers as the data do.
+        logs: where the processes write.
     """
     wanted = asks(spec)
     if not wanted:
@@ -89,7 +92,7 @@ def signal_jobs(spec: RunSpec, prepared: Path, workspace: Workspace, precision: 
         parts = {"signals": _SIGNALS_VERSION, "data": data, "precision": precision, **deciding}
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
         target = workspace.cache / "signals" / f"{key}.safetensors"
-        jobs[name] = SignalJob(ask, str(prepared), str(target), str(target.with_suffix(".log")))
+        jobs[name] = SignalJob(ask, str(prepared), str(target), str(logs / f"ask-{name}.log"))
     return jobs
 
 

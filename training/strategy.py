@@ -257,7 +257,11 @@ class Stm(Section):
 
 
 Protection = Annotated[L2sp | Ewc | Si | Replay | Kl | Wise | Flow | Stm, Field(discriminator="type")]
-Quadratic = (L2sp, Ewc, Si)
+
+
+def updates_coupled(protection: L2sp | Ewc | Si, tuning: Any) -> bool:
+    """Whether its pull is added to the gradient: as asked, and by default for LoRA, whose product has no other way."""
+    return protection.update == "coupled" or (protection.update == "auto" and isinstance(tuning, Lora))
 
 
 # ----------------------------------------------------------------------------------------------- combination
@@ -299,6 +303,21 @@ _NOT_WITH_DPO = {
 def _refuse(objective: Any, tuning: Any, protection: Any) -> tuple[str, str] | None:
     if isinstance(objective, Dpo) and protection.type in _NOT_WITH_DPO:
         return _NOT_WITH_DPO[protection.type], f"remove {protection.type}, or use objective: {{type: sft}}"
-    if isinstance(protection, L2sp) and isinstance(tuning, Lora):
-        return "l2sp pulls full weights towards the base, and LoRA leaves those untouched", "use tuning: {type: full}"
+    if isinstance(protection, L2sp | Ewc | Si):
+        return _refuse_pull(tuning, protection)
+    return None
+
+
+def _refuse_pull(tuning: Any, protection: L2sp | Ewc | Si) -> tuple[str, str] | None:
+    if isinstance(tuning, Full | Partial):
+        return None
+    kind = protection.type
+    if not isinstance(tuning, Lora):
+        what = f"{kind} pulls weights towards the base's, and {tuning.type} does not say what it adds to them"
+        return what, "use tuning full, partial or lora, or protections replay or kl"
+    if protection.update == "proximal":
+        return f"{kind} on the product of LoRA's matrices has no proximal step", "set update: coupled"
+    if isinstance(protection, Si) and protection.record:
+        what = "si records the path of whole weights, and LoRA's run has no gradient of them"
+        return what, "remove record, or use tuning: {type: full}"
     return None
