@@ -77,7 +77,8 @@ def bucketed_kl(frozen_model: Model, model: Model, row: Encoded, top_k: int, tem
     q = (target_logits(model, row)[0] / temperature).softmax(-1)
     p, order = p.sort(dim=-1, descending=True)
     q = q.gather(1, order)
-    p, q = (torch.cat([x[:, :top_k], x[:, top_k:].sum(-1, keepdim=True)], dim=1) for x in (p, q))
+    if top_k < p.shape[1]:
+        p, q = (torch.cat([x[:, :top_k], x[:, top_k:].sum(-1, keepdim=True)], dim=1) for x in (p, q))
     return (p * (p / q).log()).sum(-1)
 
 
@@ -162,6 +163,7 @@ CASES = {
     "flow": Case("full", flow, protections=({"type": "flow"},)),
     "stm": Case("lora", stm, protections=({"type": "stm", "threshold": THRESHOLD},)),
 }
+QUICK = STEPS | {"validation_items": 0}
 Jobs = dict[tuple[str, int], JobValues]
 
 
@@ -186,7 +188,7 @@ def jobs(ray_cluster: None, tiny_model: Path, teacher: Path, tmp_path_factory: p
     folder = tmp_path_factory.mktemp("objectives")
     made = {
         (name, stage): start_case(
-            folder / f"{name}-{stage}", tiny_model, teacher, case, workers=2, zero=stage, training=STEPS
+            folder / f"{name}-{stage}", tiny_model, teacher, case, workers=2, zero=stage, training=QUICK
         )
         for name, case in CASES.items()
         for stage in range(4)

@@ -114,6 +114,7 @@ def compute_signals(job: SignalJob) -> float:
         rows = load_prepared(Path(job.prepared)).sequences
         target = Path(job.target)
         part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             _write(part, job.ask, rows)
             part.replace(target)
