@@ -8,8 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from training.errors import raise_all
-from training.importance import VERSION, read_info, unbearable
+from rich.console import Console
+from rich.table import Table
+
+from training.errors import fail, raise_all
+from training.faults import output_to
+from training.importance import TENSORS_FILE, VERSION, check_importances, read_info, unbearable
 from training.models import hash_file, hash_folder, read_model_info
 from training.plan import Plan, make_plan
 from training.prepare import load_prepared, prepare
@@ -17,6 +21,58 @@ from training.section import Source
 from training.spec import Data, Export, RunSpec
 from training.strategy import Ewc, Full, Lm, Sft, Si
 from training.workspace import Workspace
+
+
+def compute_importances(spec_path: Path, workspace: Workspace, address: str | None) -> None:
+    """What the protections of a spec need, computed unless it is cached; each is shown.
+
+    Raises:
+        TenureError: none of the spec's protections weighs weights by importance.
+    """
+    from cluster import pipeline
+
+    spec = pipeline.read_spec(spec_path, workspace)
+    if not any(isinstance(protection, Ewc | Si) for protection in spec.protections):
+        raise fail("no protection of this spec needs an importance", str(spec_path), "list ewc or si under protections")
+    check_importances(spec)
+    logs = workspace.root / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with pipeline.session(workspace, address, spec.scaling), output_to(logs / "importance.log"):
+        folders = ready_importances(spec, workspace, logs, pipeline.memory_limit(spec.scaling))
+    for folder in folders.values():
+        print_importance(Path(folder))
+
+
+def print_importance(folder: Path) -> None:
+    """What an importance was estimated from, and its share and largest element module by module."""
+    from safetensors import safe_open
+
+    info = read_info(folder)
+    console = Console(highlight=False)
+    rows = {
+        "importance": str(folder),
+        "of the model": info.base_hash[:16],
+        "estimator": f"{info.estimator}, over {info.examples} examples, loss a {info.reduction} over targets",
+        "tasks": f"{info.tasks} (earlier ones times {info.gamma:g})",
+        "trace": f"{info.trace:.4g}",
+        "mean, largest": f"{info.mean:.4g}, {info.maximum:.4g}",
+        "elements": f"{info.elements:,}",
+    }
+    about = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        about.add_row(f"[dim]{name}[/]", value)
+    console.print(about)
+    parts = Table("parameter", "share of the trace", "mean", "largest", box=None, pad_edge=False)
+    with safe_open(folder / TENSORS_FILE, "pt") as file:
+        sums = {name: file.get_tensor(name).clamp(min=0) for name in file.keys()}  # noqa: SIM118
+        for name, value in sorted(sums.items(), key=lambda pair: -pair[1].sum().item())[:_SHOWN]:
+            share = value.sum().item() / info.trace
+            parts.add_row(name, f"{share:.1%}", f"{value.mean().item():.3g}", f"{value.max().item():.3g}")
+    console.print(parts)
+
+
+_SHOWN = 12
+_AGAIN = "run the command again"
 
 
 def ready_importances(spec: RunSpec, workspace: Workspace, logs: Path, memory_limit: int | None) -> dict[str, str]:
@@ -93,7 +149,7 @@ def _key(protection: Ewc | Si, looked_at: RunSpec, prepared: Path) -> str:
     }
     if isinstance(protection, Ewc):
         parts |= {"estimator": protection.estimator, "examples": protection.examples, "gamma": protection.gamma}
-        parts["previous"] = protection.previous and hash_file(protection.previous / "importance.safetensors")
+        parts["previous"] = protection.previous and hash_file(protection.previous / TENSORS_FILE)
     else:
         parts["xi"] = protection.xi
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -119,7 +175,7 @@ def _fisher(protection: Ewc, looked_at: RunSpec, plan: Plan, prepared: Path, tar
         gamma=protection.gamma,
         about={"base_hash": hash_folder(Path(looked_at.model)), "data_hash": prepared.stem},
     )
-    run_workers(fisher_worker, asdict(job), looked_at.scaling, target.parent / "ray", target.name, logs)
+    run_workers(fisher_worker, asdict(job), looked_at.scaling, target.parent / "ray", target.name, logs, _AGAIN)
 
 
 def _consolidate(looked_at: RunSpec, plan: Plan, prepared: Path, target: Path, logs: Path) -> None:
@@ -133,5 +189,5 @@ def _consolidate(looked_at: RunSpec, plan: Plan, prepared: Path, target: Path, l
     scratch.path.mkdir(parents=True)
     job = make_job(looked_at, plan, prepared, scratch, target.name, {})
     config = {"job": job, "target": str(target), "logs": str(logs)}
-    run_workers(consolidate_worker, config, looked_at.scaling, target.parent / "ray", target.name, logs)
+    run_workers(consolidate_worker, config, looked_at.scaling, target.parent / "ray", target.name, logs, _AGAIN)
     shutil.rmtree(scratch.path)

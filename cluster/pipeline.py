@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from cluster.aids import describe_aids, ready_aids
@@ -103,6 +104,22 @@ def hash_training(spec: RunSpec) -> str:
 def session(workspace: Workspace, address: str | None, scaling: Scaling) -> AbstractContextManager[None]:
     """Ray with what a run claims of it; opened before the run has a folder, so that a refusal leaves nothing."""
     return ray_session(address, _needs(scaling), workspace.root / "ray.log")
+
+
+def rescale(run: RunFolder, workspace: Workspace, workers: int | None, zero_stage: int | None) -> None:
+    """Plan a started run anew for other workers or another ZeRO stage; its checkpoints fit any."""
+    given = {"workers": workers, "zero_stage": zero_stage}
+    changes = {key: value for key, value in given.items() if value is not None}
+    if changes:
+        raw = spec_of(run).model_dump(mode="json")
+        try:
+            spec = RunSpec.model_validate({**raw, "scaling": {**raw["scaling"], **changes}})
+        except ValidationError as error:
+            reason = error.errors()[0].get("ctx", {}).get("what") or error.errors()[0]["msg"]
+            raise fail(str(reason), "--workers, --zero-stage", "give a scale that divides the global batch") from None
+        plan, _ = plan_run(spec, workspace)
+        write_json(run.spec, spec.model_dump(mode="json"))
+        write_json(run.plan, asdict(plan))
 
 
 def execute(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard:

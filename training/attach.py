@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from training.importance import open_importance, read_info
+from training.importance import TENSORS_FILE, open_importance, read_info
 from training.layout import Layout, Sheet, gather_to_first
 from training.product import ProductPull
 from training.protections import PathIntegral, QuadraticPull
 from training.spec import RunSpec
-from training.strategy import Ewc, L2sp, Lora, Si, updates_coupled
+from training.strategy import Ewc, L2sp, Lora, Si, records_path, updates_coupled
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,8 +41,7 @@ def attach_all(
         aids: the folder of each protection's importance, by the protection's type.
     """
     attached = Attached(layout)
-    moves_weights = spec.tuning.type in ("full", "partial")
-    if moves_weights and any(isinstance(protection, Si) for protection in spec.protections):
+    if any(isinstance(protection, Si) and records_path(protection, spec.tuning) for protection in spec.protections):
         attached.path = PathIntegral(layout, optimizer, unclip)
         attached.sheets["si.omega"] = attached.path.omega
     for protection in spec.protections:
@@ -92,7 +91,7 @@ def _whole(importance: Path, protection: Ewc | Si) -> Callable[[str], torch.Tens
     factor = read_info(importance).factor(protection.normalise)
 
     def read(name: str) -> torch.Tensor:
-        with safe_open(importance / "importance.safetensors", "pt") as file:
+        with safe_open(importance / TENSORS_FILE, "pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor.clamp(min=0) * factor
 

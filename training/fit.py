@@ -23,7 +23,7 @@ def fit(job: dict[str, Any], scaling: Scaling, folder: RunFolder) -> None:
     Raises:
         TenureError: a worker's fault that the user can mend, or the death of a worker.
     """
-    run_workers(train_worker, job, scaling, folder.path / "ray", folder.id, folder.logs)
+    run_workers(train_worker, job, scaling, folder.path / "ray", folder.id, folder.logs, f"tenure resume {folder.id}")
     if not folder.artifact.is_dir():
         raise fail("training ended without an artifact", str(folder.logs), f"tenure resume {folder.id}")
 
@@ -35,12 +35,13 @@ def run_workers(
     storage: Path,
     name: str,
     logs: Path,
+    again: str,
 ) -> None:
     """Run a function on a group of Ray Train workers with a process group between them.
 
     Args:
         storage: where Ray Train keeps its own state of the group `name`.
-        logs: what an error points at.
+        logs, again: what an error points at, and what it says to do once the fault is mended.
 
     Raises:
         TenureError: a worker's fault that the user can mend, or the death of a worker.
@@ -69,7 +70,7 @@ def run_workers(
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _explain(error, logs) from error
+        raise _explain(error, logs, again) from error
 
 
 def worker_resources(scaling: Scaling) -> dict[str, float]:
@@ -78,7 +79,7 @@ def worker_resources(scaling: Scaling) -> dict[str, float]:
     return {**resources, "GPU": float(scaling.gpus_per_worker)} if scaling.gpus_per_worker else resources
 
 
-def _explain(error: Any, logs: Path) -> TenureError:
+def _explain(error: Any, logs: Path, again: str) -> TenureError:
     """The first worker's own TenureError where there is one; else what Ray says and where the logs are."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
@@ -89,7 +90,7 @@ def _explain(error: Any, logs: Path) -> TenureError:
             cause = cause.__cause__ or getattr(cause, "_base_exc", None) or getattr(cause, "cause", None)
     reasons = sorted({_last_line(failure) for failure in failures.values()}) or [_last_line(error)]
     what = "a worker failed: " + "; ".join(reasons)
-    return fail(what, str(logs), f"once mended: tenure resume {logs.parent.name}")
+    return fail(what, str(logs), f"once mended: {again}")
 
 
 def _last_line(error: BaseException) -> str:

@@ -77,7 +77,7 @@ class Layout:
         """Fill a sheet from whole tensors; only this rank's stretches are read."""
         for part in self.fragments:
             whole = read(part.name, part.offset, part.offset + part.length)
-            sheet[part.shard].view(-1)[part.start : part.start + part.length] = whole.to(sheet[part.shard])
+            sheet[part.shard].detach().view(-1)[part.start : part.start + part.length] = whole.to(sheet[part.shard])
 
     def gather(self, sheet: Sheet, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Whole fp32 tensors of these parameters, on every rank; all ranks call it with the same names."""

@@ -168,7 +168,8 @@ class Si(Section):
     The importance comes from an earlier task's run (`importance`), or from a consolidation pass: training on `data`
     from the base for `steps` steps at `learning_rate`, whose path is kept and whose weights are thrown away. With
     neither there is nothing to protect, and `record: true` says that only this run's own path is wanted.
-    Every run that moves whole weights leaves its own importance, earlier ones added, beside its artifact.
+    A run that moves whole weights leaves its own importance, earlier ones added, in its artifact, unless `record` is
+    false, which saves 16 bytes a weight.
     """
 
     type: Literal["si"] = "si"
@@ -181,13 +182,13 @@ class Si(Section):
     steps: Count = 50
     learning_rate: Positive = 1e-5
     xi: Positive = 1e-3
-    record: Flag = False
+    record: Flag | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
     def _has_a_path(self) -> Si:
         if self.importance and self.data:
             raise fault("si takes its importance from one place", "remove importance or data", ("data",))
-        if not (self.importance or self.data or self.record):
+        if not (self.importance or self.data or self.record is True):
             what = "si has no earlier path to protect"
             instead = (
                 "set importance to an earlier run's, data for a consolidation pass, or record: true for a first task"
@@ -264,6 +265,11 @@ def updates_coupled(protection: L2sp | Ewc | Si, tuning: Any) -> bool:
     return protection.update == "coupled" or (protection.update == "auto" and isinstance(tuning, Lora))
 
 
+def records_path(protection: Si, tuning: Any) -> bool:
+    """Whether a run leaves its own importance: whole weights must move, since only they have gradients of their own."""
+    return isinstance(tuning, Full | Partial) and protection.record is not False
+
+
 # ----------------------------------------------------------------------------------------------- combination
 
 Refusal = tuple[str, str, tuple[str | int, ...]]
@@ -317,7 +323,7 @@ def _refuse_pull(tuning: Any, protection: L2sp | Ewc | Si) -> tuple[str, str] | 
         return what, "use tuning full, partial or lora, or protections replay or kl"
     if protection.update == "proximal":
         return f"{kind} on the product of LoRA's matrices has no proximal step", "set update: coupled"
-    if isinstance(protection, Si) and protection.record:
+    if isinstance(protection, Si) and protection.record is True:
         what = "si records the path of whole weights, and LoRA's run has no gradient of them"
         return what, "remove record, or use tuning: {type: full}"
     return None
