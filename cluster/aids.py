@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.importance import ready_importances
+from cluster.tasks import run_tasks
 from training.plan import Plan
+from training.prepare import load_prepared
 from training.spec import RunSpec
 from training.workspace import Workspace
 
@@ -21,5 +23,34 @@ def ready_aids(
     Args:
         logs: where the processes that make them write.
         memory_limit: bytes that one worker may take, or None where that is not known.
+
+    Raises:
+        TenureError: an aid cannot be made.
     """
-    return ready_importances(spec, workspace, logs, memory_limit)
+    signals = ready_signals(spec, prepared, workspace, logs)
+    return signals | ready_importances(spec, workspace, logs, memory_limit)
+
+
+def ready_signals(spec: RunSpec, prepared: Path, workspace: Workspace, logs: Path) -> dict[str, str]:
+    """The files of what frozen models say about the training rows, computed where they are not there yet."""
+    from training.scoring import scoring_precision
+    from training.signals import compute_signals, signal_jobs
+
+    jobs = signal_jobs(spec, prepared, workspace, scoring_precision(spec.scaling.gpus_per_worker), logs)
+    missing = [job for job in jobs.values() if not Path(job.target).is_file()]
+    run_tasks(compute_signals, missing, spec.scaling, logs, "the process that asks a frozen model")
+    return {name: job.target for name, job in jobs.items()}
+
+
+def describe_aids(spec: RunSpec, prepared: Path, aids: dict[str, str]) -> str:
+    """What the aids change about the run, in words; empty when there is nothing to tell.
+
+    Raises:
+        TenureError: they leave nothing to learn.
+    """
+    if not any(protection.type in ("flow", "stm") for protection in spec.protections):
+        return ""
+    from training.weighing import describe, weigh
+
+    data = load_prepared(prepared)
+    return describe(data, weigh(data, spec, aids))

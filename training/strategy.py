@@ -293,7 +293,22 @@ def refusals(
     return found
 
 
+def moves_base(tuning: Any) -> bool:
+    """Whether the base's own weights move, so that no adapter can be switched off to give it back."""
+    return isinstance(tuning, Full | Partial)
+
+
+_NOT_WITH_DPO = {
+    "kl": "dpo is itself held to the base, by its beta",
+    "flow": "flow weighs a row by its loss, and a pair is learned by the difference of two",
+    "stm": "stm masks tokens, and dpo compares whole answers",
+    "replay": "replayed rows hold no pairs",
+}
+
+
 def _refuse(objective: Any, tuning: Any, protection: Any) -> tuple[str, str] | None:
+    if isinstance(objective, Dpo) and protection.type in _NOT_WITH_DPO:
+        return _NOT_WITH_DPO[protection.type], f"remove {protection.type}, or use objective: {{type: sft}}"
     if isinstance(protection, L2sp | Ewc | Si):
         return _refuse_pull(tuning, protection)
     return None
