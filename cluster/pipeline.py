@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
 
-from cluster.aids import ready_aids
+from cluster.aids import ready_aids, ready_data
 from cluster.screen import progress
 from cluster.session import ray_session
+from cluster.tasks import run_tasks
 from training.errors import TenureError, fail
 from training.importance import check_importances
 from training.models import find_model, read_model_info
-from training.plan import GIB, Plan, make_plan
+from training.plan import GIB, Plan, describe_replay, make_plan
 from training.prepare import load_prepared, prepare
 from training.scorecard import Scorecard, read_scorecard
 from training.spec import Export, RunSpec, Scaling
 from training.specfile import load_spec
+from training.strategy import Replay
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
 _SPARE_DISK_BYTES = 256 * 2**20
@@ -168,8 +168,10 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
     from training.worker import drop_torn_row, make_job
 
     drop_torn_row(run.metrics)
-    prepared = prepare(spec, workspace)
+    prepared = ready_data(spec, workspace, console)
     aids = ready_aids(spec, plan, prepared, workspace, run.logs, memory_limit(spec.scaling))
+    if replay := spec.protection(Replay):
+        console.print(f"replaying {describe_replay(plan, replay.share)}")
     console.print(f"training on {plan.workers} workers, ZeRO {plan.zero_stage}, {plan.steps} steps")
     with progress(console, run.metrics, plan.steps):
         fit(make_job(spec, plan, prepared, run, hash_training(spec), aids), spec.scaling, run)
@@ -198,7 +200,7 @@ def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:
         for name, target in targets.items()
         if not target.is_file()
     ]
-    seconds = _score_all(jobs, spec.scaling)
+    seconds = run_tasks(scoring.score_model, jobs, spec.scaling, "scoring", str(run.logs))
     scorecard = build_scorecard(
         run_id=run.id,
         spec=spec,
@@ -211,29 +213,6 @@ def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:
     )
     write_json(run.scorecard, scorecard.model_dump(mode="json"))
     return scorecard
-
-
-def _score_all(jobs: list[Any], scaling: Scaling) -> float:
-    """Run scoring jobs as Ray tasks, each in a fresh process; the seconds they took in all."""
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    from training.scoring import score_model
-
-    if not jobs:
-        return 0.0
-    cpus = max(1, (os.cpu_count() or 1) // len(jobs)) if not scaling.gpus_per_worker else 1
-    cpus = min(cpus, int(ray.cluster_resources()["CPU"]) // len(jobs) or 1)
-    options = {"num_cpus": cpus, "num_gpus": scaling.gpus_per_worker, "max_calls": 1, "max_retries": 1}
-    task = ray.remote(**options)(score_model)
-    try:
-        return float(sum(ray.get([task.remote(job) for job in jobs])))
-    except RayTaskError as error:
-        cause = getattr(error, "cause", None)
-        raise cause if isinstance(cause, TenureError) else error from None
-    except RayError as error:
-        what = f"a scoring process died: {str(error).strip().splitlines()[0]}"
-        raise fail(what, str(Path(jobs[0].log).parent), "free some memory, then: tenure resume RUN") from None
 
 
 def _needs(scaling: Scaling) -> dict[str, float]:

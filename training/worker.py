@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class Trainer:
             aids=job.aids,
             spec_hash=job.spec_hash,
             data_hash=Path(job.prepared).stem,
-            schedule=_schedule(spec, plan),
+            schedule=make_schedule(spec, plan, data),
         )
         # Adapters start alike on every worker; dropout must not, or all would drop the same units.
         seed_everything(spec.training.seed + 1 + dist.get_rank())
@@ -115,6 +115,7 @@ class Trainer:
                 self._validate()
             if self._is_due(self.plan.checkpoint_every_steps):
                 self._save()
+        self._log_replay()
         export.export_artifact(
             self.engine.module,
             self.tokenizer,
@@ -166,13 +167,13 @@ class Trainer:
         indices = self.schedule.batch(self.step)
         count = self.plan.workers * self.plan.accumulation_steps
         batches = micro_batches(indices, self.data.lengths, self.plan.micro_batch_size, count)
-        num_targets = sum(self.data.train[index].num_targets for index in indices)
+        num_targets = self._count_targets(indices)
         rate = engines.learning_rate(self.spec.training, self.plan, self.step)
         engines.set_learning_rate(self.engine.optimizer, rate)
         self.engine.train()
         loss_sum = torch.zeros((), device=self.engine.device)
         for batch in share(batches, dist.get_rank(), self.plan.workers):
-            loss = self._loss_sum([self.data.train[index] for index in batch])
+            loss = self._loss_sum([self.data.examples[index] for index in batch])
             loss_sum += loss.detach()
             # DeepSpeed divides by accumulation steps and averages over workers; this undoes both.
             self.engine.backward(loss * (count / num_targets))
@@ -198,10 +199,29 @@ class Trainer:
                 "grad_norm": engines.grad_norm(self.engine),
                 "num_target_tokens": num_targets,
                 "num_tokens": sum(self.data.lengths[index] for index in indices),
+                "num_rows": len(indices),
+                **self._count_replayed(indices),
                 "seconds": seconds,
                 "epoch": self.step / self.schedule.steps_per_epoch,
             }
         )
+
+    def _log_replay(self) -> None:
+        """What was replayed over all steps, those before a resume included."""
+        if self.plan.replay_per_batch:
+            indices = [index for step in range(self.step) for index in self.schedule.batch(step)]
+            counts = {"num_rows": len(indices), "num_target_tokens": self._count_targets(indices)}
+            self._log({"kind": "replay", "step": self.step, **counts, **self._count_replayed(indices)})
+
+    def _count_targets(self, indices: Iterable[int]) -> int:
+        return sum(self.data.examples[index].num_targets for index in indices)
+
+    def _count_replayed(self, indices: list[int]) -> dict[str, int]:
+        """How many of a batch's rows and target tokens are replayed; nothing for a run without replay."""
+        if not self.plan.replay_per_batch:
+            return {}
+        replayed = [index for index in indices if index >= len(self.data.train)]
+        return {"num_replay": len(replayed), "num_replay_target_tokens": self._count_targets(replayed)}
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -244,9 +264,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _schedule(spec: RunSpec, plan: Plan) -> Schedule:
-    training = spec.training
-    return Schedule(plan.num_examples, training.global_batch_size, training.epochs, training.seed, training.max_steps)
+def make_schedule(spec: RunSpec, plan: Plan, data: Prepared) -> Schedule:
+    """Which examples every step of a run sees.
+
+    Raises:
+        TenureError: rows are to be replayed and there are none.
+    """
+    if plan.replay_per_batch and not data.replay:
+        raise fail("there are no rows to replay", "protections", "set replay.data, or have the base write them again")
+    return Schedule(
+        num_examples=len(data.train),
+        global_batch_size=plan.global_batch_size,
+        epochs=spec.training.epochs,
+        seed=spec.training.seed,
+        max_steps=spec.training.max_steps,
+        num_replay=len(data.replay),
+        replay_per_batch=plan.replay_per_batch,
+    )
 
 
 def _expect_trainable(model: torch.nn.Module, plan: Plan) -> None:
