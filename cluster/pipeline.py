@@ -178,7 +178,19 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
 
 
 def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:
-    """Score base and artifact, each in its own process and at once, the base's answers from the cache if there."""
+    """The scorecard of a run's artifact against its base, written into the run's folder."""
+    scorecard = score_artifacts(run, spec, workspace, {"tuned": run.artifact})["tuned"]
+    write_json(run.scorecard, scorecard.model_dump(mode="json"))
+    return scorecard
+
+
+def score_artifacts(
+    run: RunFolder, spec: RunSpec, workspace: Workspace, artifacts: dict[str, Path]
+) -> dict[str, Scorecard]:
+    """Scorecards by name, each of an artifact against the base; whatever was scored before comes from the cache.
+
+    Every model is scored in a process of its own, whose log is named after it.
+    """
     from training import scoring
     from training.judge import build_scorecard
 
@@ -186,33 +198,34 @@ def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:
     is_adapter = spec.tuning.type != "full"
     protocol = scoring.protocol_of(spec, scoring.scoring_precision(spec.scaling.gpus_per_worker))
     key = scoring.protocol_hash(protocol, base)
-    targets = {"base": scoring.cached_scores(workspace, base, key)}
-    targets["tuned"] = scoring.cached_scores(workspace, run.artifact, key)
-    jobs = [
-        scoring.ScoreJob(
+    models = {"base": base, **artifacts}
+    targets = {name: scoring.cached_scores(workspace, model, key) for name, model in models.items()}
+    jobs = {
+        target: scoring.ScoreJob(
             spec=spec.model_dump(mode="json"),
             base=str(base),
-            artifact=str(run.artifact) if name == "tuned" else None,
-            is_adapter=is_adapter and name == "tuned",
+            artifact=None if models[name] == base else str(models[name]),
+            is_adapter=is_adapter and models[name] != base,
             target=str(target),
             log=str(run.logs / f"score-{name}.log"),
         )
         for name, target in targets.items()
         if not target.is_file()
-    ]
-    seconds = run_tasks(scoring.score_model, jobs, spec.scaling, "scoring", str(run.logs))
-    scorecard = build_scorecard(
-        run_id=run.id,
-        spec=spec,
-        artifact=run.artifact,
-        protocol=protocol,
-        protocol_hash=key,
-        base=scoring.read_scores(targets["base"]),
-        tuned=scoring.read_scores(targets["tuned"]),
-        seconds=seconds,
-    )
-    write_json(run.scorecard, scorecard.model_dump(mode="json"))
-    return scorecard
+    }
+    seconds = run_tasks(scoring.score_model, list(jobs.values()), spec.scaling, "scoring", str(run.logs))
+    return {
+        name: build_scorecard(
+            run_id=run.id,
+            spec=spec,
+            artifact=artifact,
+            protocol=protocol,
+            protocol_hash=key,
+            base=scoring.read_scores(targets["base"]),
+            tuned=scoring.read_scores(targets[name]),
+            seconds=seconds,
+        )
+        for name, artifact in artifacts.items()
+    }
 
 
 def _needs(scaling: Scaling) -> dict[str, float]:

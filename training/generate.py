@@ -170,7 +170,6 @@ def replay_job(spec: RunSpec, workspace: Workspace) -> GenerateJob:
         "max_length": spec.training.max_length,
         "overlong": spec.data.overlong,
         "seed": spec.training.seed,
-        "precision": precision,
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     folder = workspace.cache / "replay"

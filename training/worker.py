@@ -23,13 +23,14 @@ from training.encoding import Encoded, load_tokenizer
 from training.errors import fail
 from training.faults import explained_at, output_to
 from training.importance import IMPORTANCE_FOLDER, PATH_INTEGRAL, write_importance
+from training.interpolate import interpolate
 from training.layout import Layout
 from training.models import hash_folder
 from training.objectives import SftLoss
 from training.plan import Plan
 from training.prepare import Prepared, load_prepared
 from training.spec import RunSpec
-from training.strategy import Si
+from training.strategy import Si, Wise
 from training.workspace import RunFolder
 
 
@@ -116,15 +117,27 @@ class Trainer:
             if self._is_due(self.plan.checkpoint_every_steps):
                 self._save()
         self._log_replay()
-        export.export_artifact(
-            self.engine.module,
-            self.tokenizer,
-            Path(self.spec.model),
-            self.folder.artifact,
-            self.spec,
-            self.folder.id,
-            self._importance_beside() if self.attached.path is not None else None,
-        )
+        self._export()
+
+    def _export(self) -> None:
+        """The artifact: what was tuned, or with WiSE-FT what lies between it and the base, and tuned beside it."""
+        wise = self.spec.protection(Wise)
+        tuned = self.folder.tuned if wise else self.folder.artifact
+        stands = tuned.is_dir()
+        dist.barrier()  # or the first worker could be done before another has looked
+        if not stands:
+            export.export_artifact(
+                self.engine.module,
+                self.tokenizer,
+                Path(self.spec.model),
+                tuned,
+                self.spec,
+                self.folder.id,
+                self._importance_beside() if self.attached.path is not None else None,
+            )
+        if wise and dist.get_rank() == 0:
+            interpolate(Path(self.spec.model), tuned, wise.alpha, self.folder.artifact)
+        dist.barrier()
 
     def _importance_beside(self) -> Callable[[Path], None]:
         write = self.importance_writer()
