@@ -30,7 +30,7 @@ def ready_data(spec: RunSpec, workspace: Workspace, console: Console) -> Path:
         console.print(f"the base writes {replay.generate.examples} rows to replay")
         run_tasks(write_replay, [job], spec.scaling, "generating", job.log)
     counts = read_json(rows.with_suffix(".json"))["counts"]
-    told = f"{counts['kept']} written by the base, {counts['cut']} of them cut, {counts['empty']} empty ones left out"
+    told = f"{counts['kept']} written by the base, {counts['cut']} of them cut, {counts['dropped']} empty ones dropped"
     console.print(f"rows to replay: {told}; see {rows}")
     return prepare(spec, workspace, rows)
 

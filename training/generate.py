@@ -61,11 +61,11 @@ class Prompt:
 
 @dataclass
 class Counts:
-    """What came of the rows asked for; `cut` answers reached the most tokens and carry no end token."""
+    """What came of the rows asked for: `dropped` were empty, and `cut` answers, which are kept, have no end token."""
 
     asked: int
     kept: int = 0
-    empty: int = 0
+    dropped: int = 0
     cut: int = 0
 
 
@@ -113,7 +113,7 @@ class Writer:
                 self.counts.cut += not finished
                 yield _row(prompt, text, finished)
             else:
-                self.counts.empty += 1
+                self.counts.dropped += 1
 
     def _prompts(self, first: int, count: int) -> list[Prompt]:
         """The prompts for rows `first` and on: the file's, over and over, or the base's own."""
@@ -126,10 +126,12 @@ class Writer:
         limit = min(self.settings.max_new_tokens, self.job.max_length - own_prompt_frame(self.tokenizer) - 1)
         stops = self._stops() | {*text_ids(self.tokenizer, closing)[:1]}
         texts = self._sample([tuple(text_ids(self.tokenizer, head))] * count, [limit] * count, stops)
-        kept = [text.strip() for text, _ in texts if text.strip()]
-        self.counts.empty += count - len(kept)
-        prompts = [_chat_prompt(self.tokenizer, ({"role": "user", "content": text},)) for text in kept]
-        return [prompt for prompt in prompts if len(prompt.ids) < self.job.max_length]
+        turns = [{"role": "user", "content": text.strip()} for text, _ in texts if text.strip()]
+        prompts = [_chat_prompt(self.tokenizer, (turn,)) for turn in turns]
+        longest = own_prompt_frame(self.tokenizer) + limit
+        prompts = [prompt for prompt in prompts if len(prompt.ids) <= longest]
+        self.counts.dropped += count - len(prompts)
+        return prompts
 
     @property
     def _given(self) -> list[Prompt]:
@@ -151,7 +153,7 @@ class Writer:
         self.num_batches += 1
         continued = _continue(self.model, rows, max(limits), self.settings.temperature, sorted(stops), self.tokenizer)
         pieces = [_until_stop(ids[:limit], stops) for ids, limit in zip(continued, limits, strict=True)]
-        return [(str(self.tokenizer.decode(ids, skip_special_tokens=True)), finished) for ids, finished in pieces]
+        return [(_text(self.tokenizer, ids), finished) for ids, finished in pieces]
 
 
 def replay_job(spec: RunSpec, workspace: Workspace) -> GenerateJob:
@@ -206,7 +208,10 @@ def write_replay(job: GenerateJob) -> float:
 
 
 def read_written(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
-    """The rows that the base wrote, encoded: loss on its answers, or on its whole text but the first token."""
+    """The rows that the base wrote, encoded: loss on its answers, or on its whole text but the first token.
+
+    Text need not come back as the tokens it was sampled as; rows are cut to max_length.
+    """
     encoded = [_encode_written(row, where, tokenizer) for where, row in read_rows(path)]
     cut = [Encoded(example.ids[:max_length], example.is_target[:max_length]) for example in encoded]
     return [example for example in cut if example.num_targets]
@@ -350,6 +355,11 @@ def _continue(
         model.generation_config = kept
     continued: list[list[int]] = whole[:, padded["input_ids"].shape[1] :].tolist()
     return continued
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """What tokens say, without what is no character: bytes that a cut, or the sampling itself, left incomplete."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).replace("\N{REPLACEMENT CHARACTER}", "")
 
 
 def _until_stop(ids: list[int], stops: set[int]) -> tuple[list[int], bool]:

@@ -101,7 +101,7 @@ def _encode(spec: RunSpec, written: Path | None) -> Prepared:
     replay, longer = _encode_sources(spec, _replay_sources(spec), tokenizer, problems)
     to_write = _to_write(spec)
     longest_to_come = 0
-    if to_write and not written:
+    if to_write:
         with _gathered(problems):
             longest_to_come = longest_row(to_write, tokenizer, spec.training.max_length, spec.data.overlong)
     validation: dict[str, tuple[Encoded, ...]] = {}
@@ -114,7 +114,7 @@ def _encode(spec: RunSpec, written: Path | None) -> Prepared:
     if problems:
         raise TenureError(dict.fromkeys(problems))
     if written:
-        replay = read_written(written, tokenizer, spec.training.max_length)
+        replay = read_written(written, tokenizer, longest_to_come)
     if not train:
         raise fail("no example is left to train on", "data", "raise training.max_length, or give shorter rows")
     if _replay_sources(spec) and not replay:
