@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
-from cluster.aids import ready_aids, ready_data
+from cluster.aids import describe_aids, ready_aids, ready_data
 from cluster.screen import progress
 from cluster.session import ray_session
 from cluster.tasks import run_tasks
@@ -24,6 +24,7 @@ from training.scorecard import Scorecard, read_scorecard
 from training.spec import Export, RunSpec, Scaling
 from training.specfile import load_spec
 from training.strategy import Replay
+from training.teacher import check_teacher
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
 _SPARE_DISK_BYTES = 256 * 2**20
@@ -37,9 +38,10 @@ def read_spec(path: Path, workspace: Workspace) -> RunSpec:
 def plan_run(spec: RunSpec, workspace: Workspace) -> tuple[Plan, Path]:
     """Check and encode all data, and plan; nothing of a run exists yet."""
     check_importances(spec)
+    teacher = check_teacher(spec)
     prepared = prepare(spec, workspace)
     counts = load_prepared(prepared).counts()
-    plan = make_plan(spec, read_model_info(Path(spec.model)), counts, memory_limit(spec.scaling))
+    plan = make_plan(spec, read_model_info(Path(spec.model)), counts, memory_limit(spec.scaling), teacher)
     check_disk(workspace, plan)
     return plan, prepared
 
@@ -172,6 +174,9 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
     aids = ready_aids(spec, plan, prepared, workspace, run.logs, memory_limit(spec.scaling))
     if replay := spec.protection(Replay):
         console.print(f"replaying {describe_replay(plan, replay.share)}")
+    note = describe_aids(spec, prepared, aids)
+    if note:
+        console.print(note)
     console.print(f"training on {plan.workers} workers, ZeRO {plan.zero_stage}, {plan.steps} steps")
     with progress(console, run.metrics, plan.steps):
         fit(make_job(spec, plan, prepared, run, hash_training(spec), aids), spec.scaling, run)
@@ -212,7 +217,8 @@ def score_artifacts(
         for name, target in targets.items()
         if not target.is_file()
     }
-    seconds = run_tasks(scoring.score_model, list(jobs.values()), spec.scaling, "scoring", str(run.logs))
+    models_of = list(jobs.values())
+    seconds = float(sum(run_tasks(scoring.score_model, models_of, spec.scaling, run.logs, "a scoring process")))
     return {
         name: build_scorecard(
             run_id=run.id,

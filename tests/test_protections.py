@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import gc
 import math
+import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import STEPS, TUNINGS, JobValues, losses, plan_of, run_of, spec_of, start_job, train_here, weights
+from jobs import STEPS, TUNINGS, JobValues, losses, plan_of, rows_of, run_of, spec_of, start_job, train_here, weights
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from cluster.pipeline import plan_run
 from training.batches import Schedule
+from training.checkpoint import _open_shards, latest_checkpoint
 from training.faults import output_to
-from training.fisher import FisherJob, _compute, diagonal_fisher, pick_examples
+from training.fisher import FisherJob, _compute, pick_examples
 from training.importance import TENSORS_FILE, read_info, write_importance
 from training.layout import Layout
 from training.models import hash_folder
 from training.prepare import load_prepared
 from training.product import ProductPull
 from training.protections import PathIntegral, QuadraticPull
+from training.spec import RunSpec
+from training.squares import diagonal_fisher
 from training.strategy import Ewc, L2sp, Lora, Si
 from training.tuning import apply_tuning, load_base
 from training.worker import Job, Trainer, seed_everything
-from training.workspace import RunFolder
+from training.workspace import RunFolder, Workspace
 
 Weights = dict[str, torch.Tensor]
 XI = 1e-3
 PULLS: dict[str, tuple[str, dict[str, Any]]] = {
     "l2sp coupled": ("full", {"type": "l2sp", "strength": 0.3, "update": "coupled"}),
-    "l2sp proximal": ("full", {"type": "l2sp", "strength": 3.0}),
+    "l2sp proximal": ("full", {"type": "l2sp", "strength": 30.0}),
     "ewc coupled": ("full", {"type": "ewc", "strength": 0.3, "update": "coupled"}),
     "ewc proximal": ("full", {"type": "ewc", "strength": 30.0}),
     "si coupled": ("full", {"type": "si", "strength": 0.1, "update": "coupled", "normalise": "none", "xi": XI}),
@@ -59,11 +65,18 @@ def importances(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return made
 
 
-def pull_job(folder: Path, model: Path, name: str, importances: dict[str, Path], **scale: int) -> JobValues:
+def pull_job(
+    folder: Path,
+    model: Path,
+    name: str,
+    importances: dict[str, Path],
+    often: dict[str, Any] | None = None,
+    **scale: int,
+) -> JobValues:
     tuning, protection = PULLS[name]
     kind = str(protection["type"])
     given = protection if kind == "l2sp" else protection | {"importance": str(importances[kind])}
-    job = start_job(folder, model, tuning=TUNINGS[tuning], protections=[given], training=STEPS, **scale)
+    job = start_job(folder, model, tuning=TUNINGS[tuning], protections=[given], training=often or STEPS, **scale)
     return {**job, "aids": {} if kind == "l2sp" else {kind: str(importances[kind])}}
 
 
@@ -83,6 +96,8 @@ def sharded(
         for name in PULLS
         for stage in range(4)
     }
+    often = STEPS | {"checkpoint_every_steps": 10}
+    jobs["moved 3"] = pull_job(folder / "moved", tiny_model, "si coupled", importances, workers=2, zero=3, often=often)
     prepared = jobs["l2sp coupled 0"]["prepared"]
     for estimator in ("exact", "empirical"):
         for stage in range(4):
@@ -452,3 +467,56 @@ def test_losses_of_protected_runs_differ_from_unprotected_ones(
     two_workers: dict[str, JobValues], sharded: dict[str, JobValues]
 ) -> None:
     assert losses(sharded["ewc proximal 0"]) != losses(two_workers["full fp32 0"])
+
+
+# ----------------------------------------------------------------------------------------------- other scales
+
+
+def test_a_protected_run_moves_from_two_workers_at_zero_3_to_one_at_zero_1(
+    sharded: dict[str, JobValues], one_process: None, tmp_path: Path
+) -> None:
+    job = sharded["moved 3"]
+    workspace = Workspace.at(tmp_path / "workspace")
+    raw = {**job["spec"], "scaling": {**job["spec"]["scaling"], "workers": 1, "zero_stage": 1}}
+    plan, _ = plan_run(RunSpec.model_validate(raw), workspace)
+    moved = {**job, "spec": raw, "plan": vars(plan), "run": str(workspace.new_run("moved").path)}
+    checkpoints = run_of(moved).checkpoints
+    shutil.copytree(run_of(job).checkpoints / "step-0000010", checkpoints / "step-0000010")
+    trainer = train_here(moved)
+    assert [row["step"] for row in rows_of(run_of(moved)) if row["kind"] == "resume"] == [10]
+    assert losses(moved) == pytest.approx(losses(job)[10:], abs=1e-4)
+    assert farthest(weights(moved), weights(job)) < 1e-5
+    given = load_file(run_of(moved).artifact / "importance" / TENSORS_FILE)
+    wanted = load_file(run_of(job).artifact / "importance" / TENSORS_FILE)
+    assert all(torch.allclose(given[name], wanted[name], rtol=1e-3, atol=2e-3) for name in wanted)
+    trainer.engine.destroy()
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_what_a_checkpoint_restores_elsewhere_is_what_was_saved_bit_for_bit(
+    sharded: dict[str, JobValues], one_process: None, tmp_path: Path, stage: int
+) -> None:
+    job = sharded["moved 3"]
+    workspace = Workspace.at(tmp_path / "workspace")
+    raw = {**job["spec"], "scaling": {**job["spec"]["scaling"], "workers": 1, "zero_stage": stage}}
+    plan, _ = plan_run(RunSpec.model_validate(raw), workspace)
+    moved = {**job, "spec": raw, "plan": vars(plan), "run": str(workspace.new_run("moved").path)}
+    shutil.copytree(run_of(job).checkpoints, run_of(moved).checkpoints)
+    trainer = Trainer.start(Job(**moved), run_of(moved))
+    assert trainer.step == 20
+    layout, names = trainer.attached.layout, list(trainer.attached.layout.shapes)
+    restored = layout.gather(list(layout.masters), names)
+    assert all(torch.equal(restored[name], value) for name, value in weights(job).items())
+    counts = {float(trainer.optimizer.state[master]["step"]) for master in layout.masters}
+    assert counts == {20.0}
+    again = trainer.attached.path
+    assert again is not None
+    omega = layout.gather(again.omega, names)
+    trainer._save()
+    saved = latest_checkpoint(run_of(moved).checkpoints)
+    assert saved is not None
+    with ExitStack() as stack:
+        read = _open_shards(run_of(job).checkpoints / "step-0000020", stack)
+        for name, value in omega.items():
+            assert torch.equal(value.flatten(), read("si.omega", name, 0, value.numel()))
+    trainer.engine.destroy()

@@ -123,6 +123,15 @@ def test_replay_rows_stand_behind_the_training_rows(tiny_model: Path, tmp_path: 
     assert plan.replay_token_share == pytest.approx(expected / (expected + sum(e.num_targets for e in data.train)))
 
 
+def test_plain_text_can_be_replayed_beside_completions(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "text.jsonl", [{"body": "the cat"}, {"body": "x" * 100}])
+    source = {"path": str(path), "text": "body"}
+    spec = load_spec(write_tiny_spec(tmp_path, tiny_model, protections=replay_of(tmp_path, data=[source])))
+    data = load_prepared(prepare(spec, Workspace.at(tmp_path / "workspace")))
+    assert [example.num_targets for example in data.replay] == [7, 63, 37], "all but the first token, in pieces of 64"
+    assert all(sum(example.is_target) == len(example.ids) - 1 for example in data.replay)
+
+
 def test_replayed_files_and_columns_make_another_file_and_the_share_does_not(tiny_model: Path, tmp_path: Path) -> None:
     workspace = Workspace.at(tmp_path / "workspace")
 
@@ -318,6 +327,6 @@ def test_a_plan_to_replay_without_rows_is_refused(one_process: None, tiny_model:
 
 def test_lengths_and_counts_of_training_leave_replay_out() -> None:
     row = Encoded((1, 2, 3), (False, True, True))
-    counts = Prepared((row, row), {}, 0, (Encoded((1,) * 9, (False,) * 5 + (True,) * 4),)).counts()
+    counts = Prepared((row, row), {}, 0, replay=(Encoded((1,) * 9, (False,) * 5 + (True,) * 4),)).counts()
     assert (counts.num_examples, counts.num_tokens, counts.num_target_tokens, counts.longest) == (2, 6, 4, 9)
     assert (counts.num_replay, counts.num_replay_target_tokens) == (1, 4)

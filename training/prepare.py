@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.encoding import Encoded, encode_all, load_tokenizer, wants_chat
+from training.encoding import (
+    Encoded,
+    encode_all,
+    encode_passages,
+    encode_preferences,
+    load_tokenizer,
+    wants_chat,
+)
 from training.errors import Problem, TenureError, fail
 from training.generate import longest_row, read_written
 from training.models import hash_file
 from training.plan import DataCounts
-from training.rows import read_conversations, read_items
+from training.rows import read_conversations, read_items, read_passages, read_preferences
 from training.section import Source
 from training.spec import RunSpec
 from training.strategy import Generate, Replay
@@ -27,19 +34,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raised when the same files and settings come to give other token ids.
-_ENCODING_VERSION = 3
+_ENCODING_VERSION = 4
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Encoded training examples, rows to replay, validation items of every suite, and how many rows were overlong.
 
-    `longest_to_come` bounds the tokens of the replay rows that the base has yet to write (0 when there are none).
+    Of preference data `train` holds the chosen answers, and `rejected` the others in the same order; else that is
+    empty. `longest_to_come` bounds the tokens of the replay rows that the base writes (0 when it writes none).
     """
 
     train: tuple[Encoded, ...]
     validation: dict[str, tuple[Encoded, ...]]
     num_overlong: int
+    rejected: tuple[Encoded, ...] = ()
     replay: tuple[Encoded, ...] = ()
     longest_to_come: int = 0
 
@@ -49,17 +58,30 @@ class Prepared:
         return self.train + self.replay
 
     @cached_property
+    def sequences(self) -> tuple[Encoded, ...]:
+        """Every row that a model reads in training: an example's index is its place here. Pairs are never replayed."""
+        return self.train + self.rejected + self.replay
+
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of every one of `examples`."""
-        return tuple(len(example.ids) for example in self.examples)
+        """Tokens of every one of `examples`, of both answers for a pair."""
+        return tuple(sum(len(row.ids) for row in self.rows_of(index)) for index in range(len(self.examples)))
+
+    def rows_of(self, index: int) -> tuple[Encoded, ...]:
+        """The rows of an example: one, or the chosen and the rejected."""
+        return (self.train[index], self.rejected[index]) if self.rejected else (self.examples[index],)
+
+    def num_targets(self, index: int) -> int:
+        """Target tokens of an example, of both answers for a pair."""
+        return sum(row.num_targets for row in self.rows_of(index))
 
     def counts(self) -> DataCounts:
-        """How many examples and tokens there are, and how long the longest example is."""
+        """How many examples and tokens there are, and how long the longest row is."""
         return DataCounts(
             num_examples=len(self.train),
             num_tokens=sum(self.lengths[: len(self.train)]),
-            num_target_tokens=sum(example.num_targets for example in self.train),
-            longest=max(*self.lengths, self.longest_to_come),
+            num_target_tokens=sum(self.num_targets(index) for index in range(len(self.train))),
+            longest=max(self.longest_to_come, *(len(row.ids) for row in self.sequences)),
             num_overlong=self.num_overlong,
             num_replay=len(self.replay),
             num_replay_target_tokens=sum(example.num_targets for example in self.replay),
@@ -89,6 +111,7 @@ def load_prepared(path: Path) -> Prepared:
         train=tuple(_from_json(example) for example in raw["train"]),
         validation={name: tuple(_from_json(item) for item in items) for name, items in raw["validation"].items()},
         num_overlong=raw["num_overlong"],
+        rejected=tuple(_from_json(example) for example in raw["rejected"]),
         replay=tuple(_from_json(example) for example in raw["replay"]),
         longest_to_come=raw["longest_to_come"],
     )
@@ -97,10 +120,9 @@ def load_prepared(path: Path) -> Prepared:
 def _encode(spec: RunSpec, written: Path | None) -> Prepared:
     tokenizer = load_tokenizer(Path(spec.model))
     problems: list[Problem] = []
-    train, num_overlong = _encode_sources(spec, spec.data.train, tokenizer, problems)
-    replay, longer = _encode_sources(spec, _replay_sources(spec), tokenizer, problems)
-    to_write = _to_write(spec)
-    longest_to_come = 0
+    train = _encode_sources(spec, spec.data.train, tokenizer, problems)
+    replayed = _encode_sources(spec, _replay_sources(spec), tokenizer, problems)
+    replay, to_write, longest_to_come = replayed.examples, _to_write(spec), 0
     if to_write:
         with _gathered(problems):
             longest_to_come = longest_row(to_write, tokenizer, spec.training.max_length, spec.data.overlong)
@@ -115,11 +137,43 @@ def _encode(spec: RunSpec, written: Path | None) -> Prepared:
         raise TenureError(dict.fromkeys(problems))
     if written:
         replay = read_written(written, tokenizer, longest_to_come)
-    if not train:
+    if not train.examples:
         raise fail("no example is left to train on", "data", "raise training.max_length, or give shorter rows")
     if _replay_sources(spec) and not replay:
         raise fail("no row is left to replay", "protections", "raise training.max_length, or give shorter rows")
-    return Prepared(tuple(train), validation, num_overlong + longer, tuple(replay), longest_to_come)
+    return Prepared(
+        train=tuple(train.examples),
+        validation=validation,
+        num_overlong=train.num_overlong + replayed.num_overlong,
+        rejected=tuple(train.rejected),
+        replay=tuple(replay),
+        longest_to_come=longest_to_come,
+    )
+
+
+@dataclass(frozen=True)
+class EncodedSource:
+    """The examples of one source, and of preference data the rejected answers in the same order."""
+
+    examples: list[Encoded]
+    num_overlong: int
+    rejected: Sequence[Encoded] = ()
+
+
+def encode_source(tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int, overlong: str) -> EncodedSource:
+    """All rows of a source, whatever its form; of text, num_overlong counts those that were cut into pieces.
+
+    Raises:
+        TenureError: every row's fault at once.
+    """
+    if source.form == "text":
+        return EncodedSource(*encode_passages(tokenizer, read_passages(source), max_length))
+    chat = wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
+    if source.form == "preference":
+        pairs = read_preferences(source)
+        chosen, rejected, num_overlong = encode_preferences(tokenizer, pairs, chat, max_length, overlong)
+        return EncodedSource(chosen, num_overlong, rejected)
+    return EncodedSource(*encode_all(tokenizer, read_conversations(source), chat, max_length, overlong))
 
 
 @contextmanager
@@ -143,28 +197,17 @@ def _to_write(spec: RunSpec) -> Generate | None:
 
 def _encode_sources(
     spec: RunSpec, sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
-) -> tuple[list[Encoded], int]:
-    """The rows of all sources, and how many were overlong; faults go to `problems`."""
-    encoded: list[Encoded] = []
-    num_overlong = 0
+) -> EncodedSource:
+    """The rows of all sources as of one; faults go to `problems`."""
+    encoded: list[EncodedSource] = []
     for source in sources:
         with _gathered(problems):
-            rows, longer = encode_source(tokenizer, source, spec.training.max_length, spec.data.overlong)
-            encoded += rows
-            num_overlong += longer
-    return encoded, num_overlong
-
-
-def encode_source(
-    tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int, overlong: str
-) -> tuple[list[Encoded], int]:
-    """All rows of a source, and how many were longer than max_length.
-
-    Raises:
-        TenureError: every row's fault at once.
-    """
-    chat = wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
-    return encode_all(tokenizer, read_conversations(source), chat, max_length, overlong)
+            encoded.append(encode_source(tokenizer, source, spec.training.max_length, spec.data.overlong))
+    return EncodedSource(
+        examples=[row for one in encoded for row in one.examples],
+        num_overlong=sum(one.num_overlong for one in encoded),
+        rejected=[row for one in encoded for row in one.rejected],
+    )
 
 
 def _content_key(spec: RunSpec, written: Path | None) -> str:
@@ -194,6 +237,7 @@ def _to_json(prepared: Prepared) -> dict[str, object]:
 
     return {
         "train": [pack(example) for example in prepared.train],
+        "rejected": [pack(example) for example in prepared.rejected],
         "validation": {name: [pack(item) for item in items] for name, items in prepared.validation.items()},
         "num_overlong": prepared.num_overlong,
         "replay": [pack(example) for example in prepared.replay],

@@ -33,6 +33,22 @@ class Conversation:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """A prompt with the answer to prefer and the one to avoid: two conversations that differ in their last turn."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Plain text, of which every token is learned."""
+
+    text: str
+    where: str
+
+
+@dataclass(frozen=True)
 class SuiteItem:
     """One test item. `choices` and `right` belong to accuracy, `completion` to the other metrics."""
 
@@ -107,6 +123,18 @@ def read_conversations(source: Source) -> list[Conversation]:
     return _read_all(source.path, lambda row, where: Conversation(_messages(source, row), where))
 
 
+def read_preferences(source: Source) -> list[Preference]:
+    """All pairs of a source of the form preference, or every row's fault at once (the first twenty)."""
+    return _read_all(source.path, lambda row, where: _preference(source, row, where))
+
+
+def read_passages(source: Source) -> list[Passage]:
+    """All texts of a source of the form text, or every row's fault at once (the first twenty)."""
+    column = source.text
+    assert column is not None
+    return _read_all(source.path, lambda row, where: Passage(_non_empty(column, row), where))
+
+
 def read_prompts(prompts: Prompts) -> list[Conversation]:
     """The turns before an answer of every row of a file of prompts, or every row's fault at once."""
 
@@ -148,11 +176,25 @@ def _read_all(path: Path, build: Any, limit: int | None = None) -> list[Any]:
 def _messages(source: Source, row: Row) -> Messages:
     if source.messages is not None:
         return _checked_turns(row, source.messages)
-    assert source.prompt is not None
     assert source.completion is not None
+    return (*_prompt_turns(source, row), {"role": "assistant", "content": _non_empty(source.completion, row)})
+
+
+def _prompt_turns(source: Source, row: Row) -> Messages:
+    assert source.prompt is not None
     system = ({"role": "system", "content": fill_text(source.system, row)},) if source.system else ()
-    prompt = {"role": "user", "content": fill(source.prompt, row)}
-    return (*system, prompt, {"role": "assistant", "content": _non_empty(source.completion, row)})
+    return (*system, {"role": "user", "content": fill(source.prompt, row)})
+
+
+def _preference(source: Source, row: Row, where: str) -> Preference:
+    assert source.chosen is not None
+    assert source.rejected is not None
+    prompt = _prompt_turns(source, row)
+    chosen, rejected = _non_empty(source.chosen, row), _non_empty(source.rejected, row)
+    if chosen == rejected:
+        raise RowFault("the chosen and the rejected answer are the same: the pair teaches nothing", "remove the row")
+    answers = ((*prompt, {"role": "assistant", "content": answer}) for answer in (chosen, rejected))
+    return Preference(*(Conversation(messages, where) for messages in answers))
 
 
 def _checked_turns(row: Row, column: str) -> Messages:

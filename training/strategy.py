@@ -313,20 +313,33 @@ def refusals(
     return found
 
 
+def moves_base(tuning: Any) -> bool:
+    """Whether the base's own weights move, so that no adapter can be switched off to give it back."""
+    return isinstance(tuning, Full | Partial)
+
+
+_NOT_WITH_DPO = {
+    "kl": "dpo is itself held to the base, by its beta",
+    "flow": "flow weighs a row by its loss, and a pair is learned by the difference of two",
+    "stm": "stm masks tokens, and dpo compares whole answers",
+    "replay": "replayed rows hold no pairs",
+}
+
+
 def _refuse(objective: Any, tuning: Any, protection: Any) -> tuple[str, str] | None:
+    if isinstance(objective, Dpo) and protection.type in _NOT_WITH_DPO:
+        return _NOT_WITH_DPO[protection.type], f"remove {protection.type}, or use objective: {{type: sft}}"
     if isinstance(protection, L2sp | Ewc | Si):
         return _refuse_pull(tuning, protection)
     if isinstance(protection, Replay):
-        return _refuse_replay(objective, protection)
+        return _refuse_replay(protection)
     if isinstance(protection, Wise) and not isinstance(tuning, Full | Partial | Lora):
         what = f"wise interpolates weights, or scales LoRA's product; {tuning.type} is not linear in its parameters"
         return what, "use tuning: {type: full}, partial or lora"
     return None
 
 
-def _refuse_replay(objective: Any, replay: Replay) -> tuple[str, str] | None:
-    if isinstance(objective, Dpo):
-        return "replayed rows hold no pairs", "remove replay, or use objective: {type: sft}"
+def _refuse_replay(replay: Replay) -> tuple[str, str] | None:
     for source in replay.data:
         if source.form not in REPLAY_FORMS:
             return f"rows of the form {source.form} cannot be replayed", f"give {', '.join(REPLAY_FORMS)}"

@@ -26,11 +26,12 @@ from training.importance import IMPORTANCE_FOLDER, PATH_INTEGRAL, write_importan
 from training.interpolate import interpolate
 from training.layout import Layout
 from training.models import hash_folder
-from training.objectives import SftLoss
+from training.objectives import Objective, make_objective
 from training.plan import Plan
 from training.prepare import Prepared, load_prepared
 from training.spec import RunSpec
 from training.strategy import Si, Wise
+from training.weighing import weigh
 from training.workspace import RunFolder
 
 
@@ -65,7 +66,7 @@ class Trainer:
     tokenizer: Any
     engine: Any
     optimizer: torch.optim.Optimizer
-    objective: SftLoss
+    objective: Objective
     attached: Attached
     aids: dict[str, str]
     spec_hash: str
@@ -78,7 +79,8 @@ class Trainer:
         """Data, model, tuning, optimizer, engine, protections; then the state of the newest checkpoint."""
         spec, plan = RunSpec.model_validate(job.spec), Plan(**job.plan)
         seed_everything(spec.training.seed)
-        data = load_prepared(Path(job.prepared))
+        weighed = weigh(load_prepared(Path(job.prepared)), spec, job.aids)
+        tokenizer = load_tokenizer(Path(spec.model))
         dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
         model = tuning.apply_tuning(tuning.load_base(Path(spec.model), dtype), spec.tuning)
         _expect_trainable(model, plan)
@@ -90,16 +92,16 @@ class Trainer:
             spec=spec,
             plan=plan,
             folder=folder,
-            data=data,
-            tokenizer=load_tokenizer(Path(spec.model)),
+            data=weighed.data,
+            tokenizer=tokenizer,
             engine=engine,
             optimizer=optimizer,
-            objective=SftLoss(model),
+            objective=make_objective(spec, model, weighed, job.aids, tokenizer.pad_token_id, engine.device),
             attached=attach_all(spec, engine.module, layout, optimizer, job.aids, unclip),
             aids=job.aids,
             spec_hash=job.spec_hash,
             data_hash=Path(job.prepared).stem,
-            schedule=make_schedule(spec, plan, data),
+            schedule=make_schedule(spec, plan, weighed.data),
         )
         # Adapters start alike on every worker; dropout must not, or all would drop the same units.
         seed_everything(spec.training.seed + 1 + dist.get_rank())
@@ -175,31 +177,34 @@ class Trainer:
         return self.step == self.plan.steps or (every > 0 and self.step % every == 0)
 
     def train_step(self) -> None:
-        """One optimizer step over one global batch; the loss is a mean over all its target tokens."""
+        """One optimizer step over one global batch; the loss is a mean over all of it, whatever the workers."""
         started = time.monotonic()
         indices = self.schedule.batch(self.step)
         count = self.plan.workers * self.plan.accumulation_steps
         batches = micro_batches(indices, self.data.lengths, self.plan.micro_batch_size, count)
-        num_targets = self._count_targets(indices)
+        totals = self.objective.totals(indices)
         rate = engines.learning_rate(self.spec.training, self.plan, self.step)
         engines.set_learning_rate(self.engine.optimizer, rate)
         self.engine.train()
-        loss_sum = torch.zeros((), device=self.engine.device)
+        figures = torch.zeros(1 + len(self.objective.names), device=self.engine.device)
         for batch in share(batches, dist.get_rank(), self.plan.workers):
-            loss = self._loss_sum([self.data.examples[index] for index in batch])
-            loss_sum += loss.detach()
+            loss = self.objective.loss(self.engine, batch, totals)
+            figures += torch.stack([loss.value.detach(), *(loss.parts[name] for name in self.objective.names)])
             # DeepSpeed divides by accumulation steps and averages over workers; this undoes both.
-            self.engine.backward(loss * (count / num_targets))
+            self.engine.backward(loss.value * count)
             self.engine.step()
-        dist.all_reduce(loss_sum)
+        dist.all_reduce(figures)
         self.step += 1
-        self._log_step(loss_sum.item() / num_targets, rate, indices, num_targets, time.monotonic() - started)
+        self._log_step(figures.tolist(), rate, indices, totals.num_targets, time.monotonic() - started)
 
     def _loss_sum(self, examples: Sequence[Encoded]) -> torch.Tensor:
         batch = collate(examples, self.tokenizer.pad_token_id)
-        return self.objective.sum(self.engine, {key: value.to(self.engine.device) for key, value in batch.items()})
+        return self.objective.head.sum(self.engine, {key: value.to(self.engine.device) for key, value in batch.items()})
 
-    def _log_step(self, loss: float, rate: float, indices: list[int], num_targets: int, seconds: float) -> None:
+    def _log_step(
+        self, figures: list[float], rate: float, indices: list[int], num_targets: int, seconds: float
+    ) -> None:
+        loss, *parts = figures
         if not math.isfinite(loss):
             instead = "lower training.learning_rate, or set training.precision: fp32"
             raise fail(f"the loss is not a finite number at step {self.step}", "training", instead)
@@ -208,6 +213,7 @@ class Trainer:
                 "kind": "step",
                 "step": self.step,
                 "loss": loss,
+                **dict(zip(self.objective.names, parts, strict=True)),
                 "learning_rate": rate,
                 "grad_norm": engines.grad_norm(self.engine),
                 "num_target_tokens": num_targets,
@@ -227,7 +233,7 @@ class Trainer:
             self._log({"kind": "replay", "step": self.step, **counts, **self._count_replayed(indices)})
 
     def _count_targets(self, indices: Iterable[int]) -> int:
-        return sum(self.data.examples[index].num_targets for index in indices)
+        return sum(self.data.num_targets(index) for index in indices)
 
     def _count_replayed(self, indices: list[int]) -> dict[str, int]:
         """How many of a batch's rows and target tokens are replayed; nothing for a run without replay."""
