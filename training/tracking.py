@@ -14,6 +14,7 @@ from training.judge import package_versions
 from training.models import hash_file, hash_folder
 from training.plan import Plan
 from training.quiet import be_quiet
+from training.report_metrics import PARTS
 from training.scorecard import Scorecard
 from training.spec import RunSpec
 from training.workspace import RunFolder, Workspace, read_json, write_json
@@ -97,8 +98,8 @@ def log_metrics(workspace: Workspace, run: RunFolder, tracking_id: str) -> None:
     for line in run.metrics.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["kind"] == "step":
-            names = ("loss", "learning_rate", "grad_norm", "num_tokens", "seconds")
-            latest |= {(name, row["step"]): row[name] for name in names if row[name] is not None}
+            names = ("loss", *PARTS, "learning_rate", "grad_norm", "num_tokens", "seconds")
+            latest |= {(name, row["step"]): row[name] for name in names if row.get(name) is not None}
         elif row["kind"] == "validation":
             latest[f"validation/{row['suite']}", row["step"]] = row["loss"]
     stamp = int(run.metrics.stat().st_mtime * 1000)
