@@ -17,6 +17,7 @@ from training.quiet import be_quiet
 from training.report_metrics import PARTS
 from training.scorecard import Scorecard
 from training.spec import RunSpec
+from training.strategy import Distill
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
 if TYPE_CHECKING:
@@ -29,9 +30,12 @@ def collect_lineage(spec: RunSpec, spec_hash: str) -> dict[str, Any]:
     """Everything that a run came from: hashes of data, base model and spec, package versions, commit."""
     sources = [source.path for source in spec.data.train]
     suites = [suite.path for suite in spec.suites.all]
+    models = {"base_model": spec.model}
+    if isinstance(spec.objective, Distill):
+        models["teacher"] = spec.objective.teacher
     return {
         "spec": spec_hash,
-        "base_model": {"path": spec.model, "sha256": hash_folder(Path(spec.model))},
+        **{name: {"path": path, "sha256": hash_folder(Path(path))} for name, path in models.items()},
         "train": {str(path): hash_file(path) for path in sources},
         "suites": {str(path): hash_file(path) for path in suites},
         "packages": package_versions(),
