@@ -7,12 +7,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.console import Console
+
 from cluster.importance import ready_importances
 from cluster.tasks import run_tasks
+from training.generate import replay_job, write_replay
 from training.plan import Plan
-from training.prepare import load_prepared
+from training.prepare import load_prepared, prepare
 from training.spec import RunSpec
-from training.workspace import Workspace
+from training.strategy import Replay
+from training.workspace import Workspace, read_json
+
+
+def ready_data(spec: RunSpec, workspace: Workspace, console: Console) -> Path:
+    """Everything encoded, the rows that the base is to write for replay included. Ray is connected by the caller."""
+    replay = spec.protection(Replay)
+    if replay is None or replay.generate is None:
+        return prepare(spec, workspace)
+    job = replay_job(spec, workspace)
+    rows = Path(job.target)
+    if not rows.is_file():
+        console.print(f"the base writes {replay.generate.examples} rows to replay")
+        run_tasks(write_replay, [job], spec.scaling, Path(job.log), "the process that writes replay rows")
+    counts = read_json(rows.with_suffix(".json"))["counts"]
+    told = f"{counts['kept']} written by the base, {counts['cut']} of them cut, {counts['dropped']} empty ones dropped"
+    console.print(f"rows to replay: {told}; see {rows}")
+    return prepare(spec, workspace, rows)
 
 
 def ready_aids(

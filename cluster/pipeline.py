@@ -11,18 +11,19 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
-from cluster.aids import describe_aids, ready_aids
+from cluster.aids import describe_aids, ready_aids, ready_data
 from cluster.screen import progress
 from cluster.session import ray_session
 from cluster.tasks import run_tasks
 from training.errors import TenureError, fail
 from training.importance import check_importances
 from training.models import find_model, read_model_info
-from training.plan import GIB, Plan, make_plan
+from training.plan import GIB, Plan, describe_replay, make_plan
 from training.prepare import load_prepared, prepare
 from training.scorecard import Scorecard, read_scorecard
 from training.spec import Export, RunSpec, Scaling
 from training.specfile import load_spec
+from training.strategy import Replay
 from training.teacher import check_teacher
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
@@ -169,8 +170,10 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
     from training.worker import drop_torn_row, make_job
 
     drop_torn_row(run.metrics)
-    prepared = prepare(spec, workspace)
+    prepared = ready_data(spec, workspace, console)
     aids = ready_aids(spec, plan, prepared, workspace, run.logs, memory_limit(spec.scaling))
+    if replay := spec.protection(Replay):
+        console.print(f"replaying {describe_replay(plan, replay.share)}")
     note = describe_aids(spec, prepared, aids)
     if note:
         console.print(note)
@@ -180,7 +183,19 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
 
 
 def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:
-    """Score base and artifact, each in its own process and at once, the base's answers from the cache if there."""
+    """The scorecard of a run's artifact against its base, written into the run's folder."""
+    scorecard = score_artifacts(run, spec, workspace, {"tuned": run.artifact})["tuned"]
+    write_json(run.scorecard, scorecard.model_dump(mode="json"))
+    return scorecard
+
+
+def score_artifacts(
+    run: RunFolder, spec: RunSpec, workspace: Workspace, artifacts: dict[str, Path]
+) -> dict[str, Scorecard]:
+    """Scorecards by name, each of an artifact against the base; whatever was scored before comes from the cache.
+
+    Every model is scored in a process of its own, whose log is named after it.
+    """
     from training import scoring
     from training.judge import build_scorecard
 
@@ -188,33 +203,35 @@ def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:
     is_adapter = spec.tuning.type != "full"
     protocol = scoring.protocol_of(spec, scoring.scoring_precision(spec.scaling.gpus_per_worker))
     key = scoring.protocol_hash(protocol, base)
-    targets = {"base": scoring.cached_scores(workspace, base, key)}
-    targets["tuned"] = scoring.cached_scores(workspace, run.artifact, key)
-    jobs = [
-        scoring.ScoreJob(
+    models = {"base": base, **artifacts}
+    targets = {name: scoring.cached_scores(workspace, model, key) for name, model in models.items()}
+    jobs = {
+        target: scoring.ScoreJob(
             spec=spec.model_dump(mode="json"),
             base=str(base),
-            artifact=str(run.artifact) if name == "tuned" else None,
-            is_adapter=is_adapter and name == "tuned",
+            artifact=None if models[name] == base else str(models[name]),
+            is_adapter=is_adapter and models[name] != base,
             target=str(target),
             log=str(run.logs / f"score-{name}.log"),
         )
         for name, target in targets.items()
         if not target.is_file()
-    ]
-    seconds = float(sum(run_tasks(scoring.score_model, jobs, spec.scaling, run.logs, "a scoring process")))
-    scorecard = build_scorecard(
-        run_id=run.id,
-        spec=spec,
-        artifact=run.artifact,
-        protocol=protocol,
-        protocol_hash=key,
-        base=scoring.read_scores(targets["base"]),
-        tuned=scoring.read_scores(targets["tuned"]),
-        seconds=seconds,
-    )
-    write_json(run.scorecard, scorecard.model_dump(mode="json"))
-    return scorecard
+    }
+    models_of = list(jobs.values())
+    seconds = float(sum(run_tasks(scoring.score_model, models_of, spec.scaling, run.logs, "a scoring process")))
+    return {
+        name: build_scorecard(
+            run_id=run.id,
+            spec=spec,
+            artifact=artifact,
+            protocol=protocol,
+            protocol_hash=key,
+            base=scoring.read_scores(targets["base"]),
+            tuned=scoring.read_scores(targets[name]),
+            seconds=seconds,
+        )
+        for name, artifact in artifacts.items()
+    }
 
 
 def _needs(scaling: Scaling) -> dict[str, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from training.errors import Problem, TenureError
 from training.models import ModelInfo
 from training.spec import RunSpec
-from training.strategy import Distill, Ewc, Full, Kl, L2sp, Lora, Si, moves_base, records_path
+from training.strategy import Distill, Ewc, Full, Kl, L2sp, Lora, Replay, Si, moves_base, records_path
 
 GIB = 2**30
 _ADAM_STATES = 2
@@ -38,19 +38,27 @@ class Plan:
     num_tokens_per_epoch: int
     num_target_tokens_per_epoch: int
     num_overlong: int
+    num_replay: int
+    replay_per_batch: int
+    replay_token_share: float | None
     memory_per_worker_bytes: int
     disk_bytes: int
 
 
 @dataclass(frozen=True)
 class DataCounts:
-    """What the encoded training set holds."""
+    """What the encoded training set holds, and the replay rows beside it (none yet, when the base will write them).
+
+    `longest` is over all rows, those to be written included.
+    """
 
     num_examples: int
     num_tokens: int
     num_target_tokens: int
     longest: int
     num_overlong: int
+    num_replay: int = 0
+    num_replay_target_tokens: int = 0
 
 
 def make_plan(
@@ -84,7 +92,8 @@ def make_plan(
     memory = estimate_memory(spec, info, trainable, stage, rows, counts.longest) + beside
     if memory_limit_bytes is not None and memory > memory_limit_bytes:
         raise TenureError(_does_not_fit(spec, memory, memory_limit_bytes, stage, micro))
-    steps_per_epoch = math.ceil(counts.num_examples / training.global_batch_size)
+    replay_per_batch = count_replayed(spec)
+    steps_per_epoch = math.ceil(counts.num_examples / (training.global_batch_size - replay_per_batch))
     steps = steps_per_epoch * training.epochs
     steps = min(steps, training.max_steps) if training.max_steps else steps
     return Plan(
@@ -104,9 +113,42 @@ def make_plan(
         num_tokens_per_epoch=counts.num_tokens,
         num_target_tokens_per_epoch=counts.num_target_tokens,
         num_overlong=counts.num_overlong,
+        num_replay=_count_replay(spec, counts),
+        replay_per_batch=replay_per_batch,
+        replay_token_share=_replay_token_share(counts, steps_per_epoch, replay_per_batch),
         memory_per_worker_bytes=memory,
         disk_bytes=estimate_disk(spec, info, trainable) + estimate_signals(spec, counts),
     )
+
+
+def count_replayed(spec: RunSpec) -> int:
+    """Replay rows in every global batch: the share asked for, rounded, but at least one and never all."""
+    replay, size = spec.protection(Replay), spec.training.global_batch_size
+    return min(max(1, round(replay.share * size)), size - 1) if replay else 0
+
+
+def describe_replay(plan: Plan, asked: float) -> str:
+    """What a run replays, in words: rows a batch, their planned share, and where that is not the one asked for."""
+    size, rows = plan.global_batch_size, plan.replay_per_batch
+    text = f"{rows} of {size} rows a batch ({rows / size:.1%}; {asked:.1%} asked for"
+    text += f", which rounds to {round(asked * size)} rows)" if round(asked * size) in (0, size) else ")"
+    if plan.replay_token_share is not None:
+        text += f", about {plan.replay_token_share:.1%} of the target tokens"
+    return f"{text}, from {plan.num_replay:,} rows"
+
+
+def _count_replay(spec: RunSpec, counts: DataCounts) -> int:
+    """How many rows there are to replay, or how many the base is to write."""
+    replay = spec.protection(Replay)
+    return replay.generate.examples if replay and replay.generate else counts.num_replay
+
+
+def _replay_token_share(counts: DataCounts, steps_per_epoch: int, replay_per_batch: int) -> float | None:
+    """The expected share of target tokens that are replayed; None where the base has yet to write them."""
+    if not counts.num_replay:
+        return None
+    replayed = steps_per_epoch * replay_per_batch * counts.num_replay_target_tokens / counts.num_replay
+    return replayed / (replayed + counts.num_target_tokens)
 
 
 def count_trainable(tuning: Full | Lora, info: ModelInfo) -> int:
@@ -186,10 +228,13 @@ def frozen_memory(spec: RunSpec, info: ModelInfo, teacher: ModelInfo | None, row
 
 
 def estimate_signals(spec: RunSpec, counts: DataCounts) -> int:
-    """Bytes on disk of what frozen models say about the training rows: for a target k ids and k + 1 numbers."""
+    """Bytes on disk of what frozen models say about training and replay rows: for a target k ids and k + 1 numbers."""
     kept = [p.top_k for p in spec.protections if isinstance(p, Kl)] if moves_base(spec.tuning) else []
     kept += [spec.objective.top_k] if isinstance(spec.objective, Distill) and spec.objective.top_k else []
-    return counts.num_target_tokens * sum(8 + 8 * k for k in kept)
+    replay = spec.protection(Replay)
+    to_write = replay.generate.examples * counts.longest if replay and replay.generate else 0
+    targets = counts.num_target_tokens + counts.num_replay_target_tokens + to_write
+    return targets * sum(8 + 8 * k for k in kept)
 
 
 def estimate_disk(spec: RunSpec, info: ModelInfo, trainable: int) -> int:

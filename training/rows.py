@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from training.errors import Problem, TenureError, raise_all
 from training.section import Source
 from training.spec import Accuracy, CrossEntropy, ExactMatch
+from training.strategy import Prompts
 
 MAX_PROBLEMS = 20
 ROLES = ("system", "user", "assistant", "tool")
@@ -132,6 +133,23 @@ def read_passages(source: Source) -> list[Passage]:
     column = source.text
     assert column is not None
     return _read_all(source.path, lambda row, where: Passage(_non_empty(column, row), where))
+
+
+def read_prompts(prompts: Prompts) -> list[Conversation]:
+    """The turns before an answer of every row of a file of prompts, or every row's fault at once."""
+
+    def build(row: Row, where: str) -> Conversation:
+        system = ({"role": "system", "content": fill_text(prompts.system, row)},) if prompts.system else ()
+        return Conversation((*system, {"role": "user", "content": _filled(prompts.prompt, row)}), where)
+
+    return _read_all(prompts.path, build)
+
+
+def _filled(column: str, row: Row) -> str:
+    text = fill(column, row)
+    if not text.strip():
+        raise RowFault(f"'{column}' is empty: there is nothing to answer", "fill or remove the row")
+    return text
 
 
 def read_items(suite: ExactMatch | Accuracy | CrossEntropy) -> list[SuiteItem]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from training.section import Count, Flag, Fraction, Positive, Section, Source, Text, fault
+from training.section import Count, DataFile, Flag, Fraction, Positive, Section, Source, Text, fault
 
 # ------------------------------------------------------------------------------------------------ objectives
 
@@ -73,6 +73,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "lm": ("text",),
 }
 FORMS["dpo"] = ("preference",)
+REPLAY_FORMS = ("completion", "messages", "text")
 
 # ---------------------------------------------------------------------------------------------------- tuning
 
@@ -197,13 +198,26 @@ class Si(Section):
         return self
 
 
-class Generate(Section):
-    """Replay rows written by the base model: prompts of its own, or those of a file, and its sampled answers."""
+class Prompts(Section):
+    """Prompts of a JSONL file for the base to answer; `prompt`, `system` and `chat` as in a source of rows."""
 
-    examples: Count = 256
-    max_new_tokens: Count = 128
+    path: DataFile
+    prompt: Text
+    system: Text | None = None
+    chat: Flag | Literal["auto"] = "auto"
+
+
+class Generate(Section):
+    """Replay rows written by the base model: prompts of its own, or those of a file, and its sampled answers.
+
+    Without `prompts` a chat model writes its own from its template's open user turn (Magpie, arXiv 2406.08464), and
+    any other model writes plain text after its start token. Sampled at `temperature` from the whole distribution.
+    """
+
+    examples: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 256
+    max_new_tokens: Annotated[int, Field(strict=True, ge=1, le=4096)] = 128
     temperature: Positive = 1.0
-    prompts: Source | None = None
+    prompts: Prompts | None = None
 
 
 class Replay(Section):
@@ -221,6 +235,12 @@ class Replay(Section):
                 "replay needs rows to replay", "set data to sources, or generate: {} to have the base write them"
             )
         return self
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The data files that it reads."""
+        prompts = self.generate.prompts if self.generate else None
+        return (*(source.path for source in self.data), *((prompts.path,) if prompts else ()))
 
 
 class Kl(Section):
@@ -311,6 +331,18 @@ def _refuse(objective: Any, tuning: Any, protection: Any) -> tuple[str, str] | N
         return _NOT_WITH_DPO[protection.type], f"remove {protection.type}, or use objective: {{type: sft}}"
     if isinstance(protection, L2sp | Ewc | Si):
         return _refuse_pull(tuning, protection)
+    if isinstance(protection, Replay):
+        return _refuse_replay(protection)
+    if isinstance(protection, Wise) and not isinstance(tuning, Full | Partial | Lora):
+        what = f"wise interpolates weights, or scales LoRA's product; {tuning.type} is not linear in its parameters"
+        return what, "use tuning: {type: full}, partial or lora"
+    return None
+
+
+def _refuse_replay(replay: Replay) -> tuple[str, str] | None:
+    for source in replay.data:
+        if source.form not in REPLAY_FORMS:
+            return f"rows of the form {source.form} cannot be replayed", f"give {', '.join(REPLAY_FORMS)}"
     return None
 
 

@@ -17,7 +17,7 @@ from training.quiet import be_quiet
 from training.report_metrics import PARTS
 from training.scorecard import Scorecard
 from training.spec import RunSpec
-from training.strategy import Distill
+from training.strategy import Distill, Replay
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
 if TYPE_CHECKING:
@@ -33,10 +33,12 @@ def collect_lineage(spec: RunSpec, spec_hash: str) -> dict[str, Any]:
     models = {"base_model": spec.model}
     if isinstance(spec.objective, Distill):
         models["teacher"] = spec.objective.teacher
+    replay = spec.protection(Replay)
     return {
         "spec": spec_hash,
         **{name: {"path": path, "sha256": hash_folder(Path(path))} for name, path in models.items()},
         "train": {str(path): hash_file(path) for path in sources},
+        **({"replay": {str(path): hash_file(path) for path in replay.files}} if replay else {}),
         "suites": {str(path): hash_file(path) for path in suites},
         "packages": package_versions(),
         "commit": _commit(),

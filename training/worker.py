@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from training.encoding import Encoded, load_tokenizer
 from training.errors import fail
 from training.faults import explained_at, output_to
 from training.importance import IMPORTANCE_FOLDER, PATH_INTEGRAL, write_importance
+from training.interpolate import interpolate
 from training.layout import Layout
 from training.models import hash_folder
 from training.objectives import Objective, make_objective
 from training.plan import Plan
 from training.prepare import Prepared, load_prepared
 from training.spec import RunSpec
-from training.strategy import Si
+from training.strategy import Si, Wise
 from training.weighing import weigh
 from training.workspace import RunFolder
 
@@ -100,7 +101,7 @@ class Trainer:
             aids=job.aids,
             spec_hash=job.spec_hash,
             data_hash=Path(job.prepared).stem,
-            schedule=_schedule(spec, plan),
+            schedule=make_schedule(spec, plan, weighed.data),
         )
         # Adapters start alike on every worker; dropout must not, or all would drop the same units.
         seed_everything(spec.training.seed + 1 + dist.get_rank())
@@ -117,15 +118,28 @@ class Trainer:
                 self._validate()
             if self._is_due(self.plan.checkpoint_every_steps):
                 self._save()
-        export.export_artifact(
-            self.engine.module,
-            self.tokenizer,
-            Path(self.spec.model),
-            self.folder.artifact,
-            self.spec,
-            self.folder.id,
-            self._importance_beside() if self.attached.path is not None else None,
-        )
+        self._log_replay()
+        self._export()
+
+    def _export(self) -> None:
+        """The artifact: what was tuned, or with WiSE-FT what lies between it and the base, and tuned beside it."""
+        wise = self.spec.protection(Wise)
+        tuned = self.folder.tuned if wise else self.folder.artifact
+        stands = tuned.is_dir()
+        dist.barrier()  # or the first worker could be done before another has looked
+        if not stands:
+            export.export_artifact(
+                self.engine.module,
+                self.tokenizer,
+                Path(self.spec.model),
+                tuned,
+                self.spec,
+                self.folder.id,
+                self._importance_beside() if self.attached.path is not None else None,
+            )
+        if wise and dist.get_rank() == 0:
+            interpolate(Path(self.spec.model), tuned, wise.alpha, self.folder.artifact)
+        dist.barrier()
 
     def _importance_beside(self) -> Callable[[Path], None]:
         write = self.importance_writer()
@@ -204,10 +218,29 @@ class Trainer:
                 "grad_norm": engines.grad_norm(self.engine),
                 "num_target_tokens": num_targets,
                 "num_tokens": sum(self.data.lengths[index] for index in indices),
+                "num_rows": len(indices),
+                **self._count_replayed(indices),
                 "seconds": seconds,
                 "epoch": self.step / self.schedule.steps_per_epoch,
             }
         )
+
+    def _log_replay(self) -> None:
+        """What was replayed over all steps, those before a resume included."""
+        if self.plan.replay_per_batch:
+            indices = [index for step in range(self.step) for index in self.schedule.batch(step)]
+            counts = {"num_rows": len(indices), "num_target_tokens": self._count_targets(indices)}
+            self._log({"kind": "replay", "step": self.step, **counts, **self._count_replayed(indices)})
+
+    def _count_targets(self, indices: Iterable[int]) -> int:
+        return sum(self.data.num_targets(index) for index in indices)
+
+    def _count_replayed(self, indices: list[int]) -> dict[str, int]:
+        """How many of a batch's rows and target tokens are replayed; nothing for a run without replay."""
+        if not self.plan.replay_per_batch:
+            return {}
+        replayed = [index for index in indices if index >= len(self.data.train)]
+        return {"num_replay": len(replayed), "num_replay_target_tokens": self._count_targets(replayed)}
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -250,9 +283,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _schedule(spec: RunSpec, plan: Plan) -> Schedule:
-    training = spec.training
-    return Schedule(plan.num_examples, training.global_batch_size, training.epochs, training.seed, training.max_steps)
+def make_schedule(spec: RunSpec, plan: Plan, data: Prepared) -> Schedule:
+    """Which examples every step of a run sees.
+
+    Raises:
+        TenureError: rows are to be replayed and there are none.
+    """
+    if plan.replay_per_batch and not data.replay:
+        raise fail("there are no rows to replay", "protections", "set replay.data, or have the base write them again")
+    return Schedule(
+        num_examples=len(data.train),
+        global_batch_size=plan.global_batch_size,
+        epochs=spec.training.epochs,
+        seed=spec.training.seed,
+        max_steps=spec.training.max_steps,
+        num_replay=len(data.replay),
+        replay_per_batch=plan.replay_per_batch,
+    )
 
 
 def _expect_trainable(model: torch.nn.Module, plan: Plan) -> None:
