@@ -31,8 +31,11 @@ def show_check(spec_path: Path, workspace: Workspace) -> None:
     console.print(plan_table(plan, spec.protection(Replay)))
     tokenizer = load_tokenizer(Path(spec.model))
     console.print("the first examples; [bold green]green[/] tokens carry loss, others are only read:")
-    for example in load_prepared(prepared).train[:PREVIEWED]:
-        console.print(preview_text(example, tokenizer), soft_wrap=True)
+    data = load_prepared(prepared)
+    for index in range(min(PREVIEWED, len(data.train))):
+        console.print(preview_text(data.train[index], tokenizer), soft_wrap=True)
+        if data.rejected:
+            console.print(Text("rejected: ") + preview_text(answer_of(data.rejected[index]), tokenizer), soft_wrap=True)
 
 
 def plan_table(plan: Plan, replay: Replay | None = None) -> Table:
@@ -64,6 +67,12 @@ def preview_text(example: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
         piece = str(tokenizer.decode(ids))
         text.append(f"[{piece}]" if is_target else piece, style="bold green" if is_target else "dim")
     return text
+
+
+def answer_of(example: Encoded) -> Encoded:
+    """A row from its first target on: a rejected answer without the prompt that it shares with the chosen one."""
+    start = example.is_target.index(True)
+    return Encoded(example.ids[start:], example.is_target[start:])
 
 
 def _stretches(example: Encoded) -> list[tuple[list[int], bool]]:

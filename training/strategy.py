@@ -320,7 +320,7 @@ def moves_base(tuning: Any) -> bool:
 
 _NOT_WITH_DPO = {
     "kl": "dpo is itself held to the base, by its beta",
-    "flow": "flow weighs a row by its loss, and a pair is learned by the difference of two",
+    "flow": "flow weighs a row by its loss, and dpo learns from the difference of two",
     "stm": "stm masks tokens, and dpo compares whole answers",
     "replay": "replayed rows hold no pairs",
 }
