@@ -22,6 +22,7 @@ from training.prepare import load_prepared, prepare
 from training.scorecard import Scorecard, read_scorecard
 from training.spec import RunSpec, Scaling
 from training.specfile import load_spec
+from training.strategy import is_adapter
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
 _SPARE_DISK_BYTES = 256 * 2**20
@@ -157,7 +158,6 @@ def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:
     from training.judge import build_scorecard
 
     base = Path(spec.model)
-    is_adapter = spec.tuning.type != "full"
     protocol = scoring.protocol_of(spec, scoring.scoring_precision(spec.scaling.gpus_per_worker))
     key = scoring.protocol_hash(protocol, base)
     targets = {"base": scoring.cached_scores(workspace, base, key)}
@@ -167,7 +167,7 @@ def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:
             spec=spec.model_dump(mode="json"),
             base=str(base),
             artifact=str(run.artifact) if name == "tuned" else None,
-            is_adapter=is_adapter and name == "tuned",
+            is_adapter=is_adapter(spec.tuning) and name == "tuned",
             target=str(target),
             log=str(run.logs / f"score-{name}.log"),
         )

@@ -19,11 +19,13 @@ class SftLoss:
 
     def __init__(self, model: Any) -> None:
         self._index = torch.zeros(0, dtype=torch.long)
+        self._length = 0
         model.get_output_embeddings().register_forward_pre_hook(self._select)
 
     def _select(self, head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *rest = inputs
-        return (hidden.flatten(0, 1)[self._index], *rest)
+        rows = hidden[:, -self._length :]  # a soft prompt's virtual tokens stand before every row
+        return (rows.flatten(0, 1)[self._index], *rest)
 
     def sum(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss in nats summed over the targets of a batch (rows, length), as a scalar in fp32.
@@ -34,6 +36,7 @@ class SftLoss:
         labels = batch["labels"]
         following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
         wanted = following != IGNORE
+        self._length = labels.shape[1]
         self._index = wanted.nonzero().squeeze(1)
         if self._index.numel() == 0:
             self._index = labels.new_zeros(1)

@@ -23,7 +23,20 @@ from training.section import (
     Text,
     fault,
 )
-from training.strategy import FORMS, Distill, Dpo, Lm, Objective, Protection, Sft, Tuning, known_model, refusals
+from training.strategy import (
+    FORMS,
+    Distill,
+    Dpo,
+    Lm,
+    Objective,
+    Protection,
+    Sft,
+    Tuning,
+    known_model,
+    refusals,
+    tuning_refusal,
+    unmergeable,
+)
 
 
 class Data(Section):
@@ -204,6 +217,26 @@ class RunSpec(Section):
                 raise fault(what, instead, ("train", index))
         return value
 
+    @field_validator("scaling")
+    @classmethod
+    def _tuning_works_there(cls, value: Scaling, info: ValidationInfo) -> Scaling:
+        """At the given stage, or with `auto` at any: the planner takes one that works."""
+        if "tuning" not in info.data:
+            return value
+        stages = range(4) if value.zero_stage == "auto" else (value.zero_stage,)
+        found = [tuning_refusal(info.data["tuning"], stage, value.gpus_per_worker) for stage in stages]
+        if found[0] and all(found):
+            raise fault(*found[0])
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _bf16_has_masters(cls, value: Training, info: ValidationInfo) -> Training:
+        if value.precision == "bf16" and "scaling" in info.data and info.data["scaling"].zero_stage == 0:
+            what = "DeepSpeed steps and accumulates in bf16 at ZeRO 0, where it keeps no fp32 masters"
+            raise fault(what, "set scaling.zero_stage: 1 or auto, or precision: fp32", ("precision",))
+        return value
+
     @field_validator("training")
     @classmethod
     def _batches_divide(cls, value: Training, info: ValidationInfo) -> Training:
@@ -217,4 +250,14 @@ class RunSpec(Section):
             raise fault(
                 f"{size} does not divide by {what}", f"set global_batch_size: {nearest}", ("global_batch_size",)
             )
+        return value
+
+    @field_validator("export")
+    @classmethod
+    def _can_be_merged(cls, value: Export, info: ValidationInfo) -> Export:
+        tuning = info.data.get("tuning")
+        if value.merged and tuning is not None:
+            reason = unmergeable(tuning)
+            if reason:
+                raise fault(f"{tuning.type} cannot be merged: {reason}", "remove merged: true", ("merged",))
         return value

@@ -6,11 +6,21 @@ Free of torch: a wrong combination is refused before anything is loaded.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
+from training.peft_methods import (
+    REFUSED_METHODS,
+    UNMERGEABLE,
+    Method,
+    changes_base,
+    is_plain_lora,
+    wrong_lora_option,
+    wrong_option,
+)
 from training.section import Count, Flag, Fraction, Positive, Section, Source, Text, fault
 
 # ------------------------------------------------------------------------------------------------ objectives
@@ -91,16 +101,93 @@ class Partial(Section):
 
 
 class Lora(Section):
-    """Low-rank adapters (arXiv 2106.09685) on the named linear modules."""
+    """Low-rank adapters (arXiv 2106.09685) on the named linear modules.
+
+    `options` are PEFT's further ones (rsLoRA, DoRA, first values, layers). `learning_rate_ratio` is LoRA+'s: B learns
+    that many times as fast as A (arXiv 2402.12354). `bits: 4` keeps the base in nf4 while training: QLoRA
+    (arXiv 2305.14314).
+    """
 
     type: Literal["lora"] = "lora"
     rank: Count = 16
     alpha: Positive = 32
     dropout: Fraction = 0.0
     target_modules: Literal["all-linear"] | tuple[Text, ...] = "all-linear"
+    options: dict[str, JsonValue] = {}
+    learning_rate_ratio: Positive = 1.0
+    bits: Literal[4] | None = None
+
+    @model_validator(mode="after")
+    def _options_are_known(self) -> Lora:
+        wrong = wrong_lora_option(self.options) if self.options else None
+        if wrong:
+            raise fault(*wrong)
+        if self.bits and not is_plain_lora(self.options):
+            raise fault("bits: 4 goes with plain LoRA alone", f"remove {', '.join(self.options)}, or bits", ("bits",))
+        if self.bits and changes_base(self.options):
+            what = "the first product cannot be taken out of a base of 4 bits"
+            raise fault(what, "remove init_lora_weights, or bits", ("bits",))
+        return self
 
 
-Tuning = Annotated[Full | Partial | Lora, Field(discriminator="type")]
+class Peft(Section):
+    """Any other method of PEFT, by its name, with its own options."""
+
+    type: Method
+    options: dict[str, JsonValue] = {}
+
+    @model_validator(mode="after")
+    def _options_are_known(self) -> Peft:
+        wrong = wrong_option(self.type, self.options)
+        if wrong:
+            raise fault(*wrong)
+        return self
+
+
+def _not_refused(value: Any) -> Any:
+    """The tuning as it was given, unless it names a method of PEFT that is left out for a reason."""
+    method = value.get("type") if isinstance(value, dict) else None
+    if isinstance(method, str) and method in REFUSED_METHODS:
+        what = f"PEFT's {method} is not offered: {REFUSED_METHODS[method]}"
+        raise fault(what, "use lora, or another method of PEFT", ("type",))
+    return value
+
+
+AnyTuning = Full | Partial | Lora | Peft
+Tuning = Annotated[AnyTuning, Field(discriminator="type"), BeforeValidator(_not_refused)]
+
+
+def is_adapter(tuning: AnyTuning) -> bool:
+    """Whether the base stays as it is, and the artifact holds what is added to it."""
+    return isinstance(tuning, Lora | Peft)
+
+
+def unmergeable(tuning: AnyTuning) -> str | None:
+    """Why an adapter cannot be folded into the base's weights; None when it can, or is none."""
+    return UNMERGEABLE.get(tuning.type)
+
+
+def is_served_as_adapter(tuning: AnyTuning) -> bool:
+    """Whether the endpoint takes the adapter beside its base: vLLM knows plain LoRA alone."""
+    return isinstance(tuning, Lora) and is_plain_lora(tuning.options)
+
+
+def merges_by_itself(tuning: AnyTuning) -> bool:
+    """Whether the artifact holds the merged model in any case, since that is what is served."""
+    return is_adapter(tuning) and not is_served_as_adapter(tuning) and not unmergeable(tuning)
+
+
+def tuning_refusal(tuning: AnyTuning, zero_stage: int, gpus_per_worker: int) -> tuple[str, str] | None:
+    """Why a tuning does not work at a ZeRO stage or without a GPU, and what to set instead; None when it does."""
+    if isinstance(tuning, Lora) and tuning.bits:
+        if gpus_per_worker == 0:
+            return "a base of 4 bits needs a GPU", "set scaling.gpus_per_worker: 1, or remove tuning.bits"
+        if find_spec("bitsandbytes") is None:
+            return "a base of 4 bits needs bitsandbytes, which is not installed", "run: pip install 'tenure[qlora]'"
+        if zero_stage == 3:
+            return "ZeRO 3 cannot shard a base of 4 bits", "set scaling.zero_stage: 2, or remove tuning.bits"
+    return None
+
 
 # ----------------------------------------------------------------------------------------------- protections
 
@@ -267,7 +354,7 @@ Refusal = tuple[str, str, tuple[str | int, ...]]
 
 def refusals(
     objective: Sft | Lm | Dpo | Distill,
-    tuning: Full | Partial | Lora,
+    tuning: AnyTuning,
     protections: tuple[L2sp | Ewc | Si | Replay | Kl | Wise | Flow | Stm, ...],
 ) -> list[Refusal]:
     """Why parts do not go together: what, what instead, and the key below protections; none when they do."""

@@ -26,6 +26,7 @@ from training.plan import Plan
 from training.prepare import Prepared, load_prepared
 from training.protections import AttachedProtection, attach_all
 from training.spec import RunSpec
+from training.strategy import is_adapter
 from training.workspace import RunFolder
 
 
@@ -64,6 +65,7 @@ class Trainer:
     protections: list[AttachedProtection]
     shape: checkpoint.Shape
     schedule: Schedule
+    initial: dict[str, torch.Tensor]
     step: int = 0
 
     @classmethod
@@ -73,10 +75,13 @@ class Trainer:
         seed_everything(spec.training.seed)
         data = load_prepared(Path(job.prepared))
         dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
-        model = tuning.apply_tuning(tuning.load_base(Path(spec.model), dtype), spec.tuning)
+        model = tuning.apply_tuning(tuning.load_base_for(spec.tuning, Path(spec.model), dtype), spec.tuning)
         _expect_trainable(model, plan)
-        optimizer = engines.build_optimizer(model, spec.training)
+        initial = tuning.initial_products(model, spec.tuning)
+        optimizer = engines.build_optimizer(model, spec.training, spec.tuning)
         engine = engines.start_engine(model, optimizer, spec, plan)
+        if is_adapter(spec.tuning):
+            tuning.align_buffers(model)
         trainer = cls(
             spec=spec,
             plan=plan,
@@ -89,6 +94,7 @@ class Trainer:
             protections=attach_all(spec.protections, engine, optimizer),
             shape=checkpoint.Shape(job.spec_hash, plan.workers, plan.zero_stage),
             schedule=_schedule(spec, plan),
+            initial=initial,
         )
         # Adapters start alike on every worker; dropout must not, or all would drop the same units.
         seed_everything(spec.training.seed + 1 + dist.get_rank())
@@ -106,7 +112,13 @@ class Trainer:
             if self._is_due(self.plan.checkpoint_every_steps):
                 self._save()
         export.export_artifact(
-            self.engine.module, self.tokenizer, Path(self.spec.model), self.folder.artifact, self.spec, self.folder.id
+            self.engine.module,
+            self.tokenizer,
+            Path(self.spec.model),
+            self.folder.artifact,
+            self.spec,
+            self.folder.id,
+            self.initial,
         )
 
     def _resume(self) -> None:
