@@ -66,15 +66,18 @@ def train(context: click.Context, spec: Path, address: str | None) -> None:
 @cli.command()
 @RUN
 @click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
+@click.option("--workers", type=click.IntRange(min=1), help="Go on with this many workers.")
+@click.option("--zero-stage", type=click.IntRange(0, 3), help="Go on at this ZeRO stage.")
 @click.pass_context
-def resume(context: click.Context, run: str, address: str | None) -> None:
-    """Go on with an interrupted RUN from its last whole checkpoint."""
+def resume(context: click.Context, run: str, address: str | None, workers: int | None, zero_stage: int | None) -> None:
+    """Go on with an interrupted RUN from its last whole checkpoint, on other workers if asked."""
     from cluster import pipeline
 
     folder = context.obj.run(run)
     if folder.registration.is_file():
         _finish(folder, context.obj)
         return
+    pipeline.rescale(folder, context.obj, workers, zero_stage)
     with pipeline.session(context.obj, address, pipeline.spec_of(folder).scaling):
         _finish(folder, context.obj)
 
@@ -137,6 +140,31 @@ def compare(context: click.Context, a: str, b: str) -> None:
 
     cards = [read_scorecard(context.obj.run(run).scorecard) for run in (a, b)]
     print_comparison(make_screen(), *cards)
+
+
+@cli.group()
+def importance() -> None:
+    """The importance of a base model's weights, for EWC and SI: computed once, shared by runs."""
+
+
+@importance.command("compute")
+@SPEC
+@click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
+@click.pass_context
+def compute_importance(context: click.Context, spec: Path, address: str | None) -> None:
+    """Compute what the protections of SPEC need, unless it is cached, and show it."""
+    from cluster.importance import compute_importances
+
+    compute_importances(spec, context.obj, address)
+
+
+@importance.command("show")
+@click.argument("folder", type=click.Path(path_type=Path))
+def show_importance(folder: Path) -> None:
+    """Show what the importance in FOLDER was estimated from, and where in the model it is large."""
+    from cluster.importance import print_importance
+
+    print_importance(folder)
 
 
 @cli.command()

@@ -10,17 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from cluster.aids import ready_aids
 from cluster.screen import progress
 from cluster.session import ray_session
 from training.errors import TenureError, fail
+from training.importance import check_importances
 from training.models import find_model, read_model_info
 from training.plan import GIB, Plan, make_plan
 from training.prepare import load_prepared, prepare
 from training.scorecard import Scorecard, read_scorecard
-from training.spec import RunSpec, Scaling
+from training.spec import Export, RunSpec, Scaling
 from training.specfile import load_spec
 from training.strategy import is_adapter
 from training.workspace import RunFolder, Workspace, read_json, write_json
@@ -35,6 +37,7 @@ def read_spec(path: Path, workspace: Workspace) -> RunSpec:
 
 def plan_run(spec: RunSpec, workspace: Workspace) -> tuple[Plan, Path]:
     """Check and encode all data, and plan; nothing of a run exists yet."""
+    check_importances(spec)
     prepared = prepare(spec, workspace)
     counts = load_prepared(prepared).counts()
     plan = make_plan(spec, read_model_info(Path(spec.model)), counts, memory_limit(spec.scaling))
@@ -93,9 +96,30 @@ def hash_spec(spec: RunSpec) -> str:
     return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
 
 
+def hash_training(spec: RunSpec) -> str:
+    """A hash of what decides a run's weights: all that the spec says but where it runs and what is exported."""
+    return hash_spec(spec.model_copy(update={"scaling": Scaling(), "export": Export()}))
+
+
 def session(workspace: Workspace, address: str | None, scaling: Scaling) -> AbstractContextManager[None]:
     """Ray with what a run claims of it; opened before the run has a folder, so that a refusal leaves nothing."""
     return ray_session(address, _needs(scaling), workspace.root / "ray.log")
+
+
+def rescale(run: RunFolder, workspace: Workspace, workers: int | None, zero_stage: int | None) -> None:
+    """Plan a started run anew for other workers or another ZeRO stage; its checkpoints fit any."""
+    given = {"workers": workers, "zero_stage": zero_stage}
+    changes = {key: value for key, value in given.items() if value is not None}
+    if changes:
+        raw = spec_of(run).model_dump(mode="json")
+        try:
+            spec = RunSpec.model_validate({**raw, "scaling": {**raw["scaling"], **changes}})
+        except ValidationError as error:
+            reason = error.errors()[0].get("ctx", {}).get("what") or error.errors()[0]["msg"]
+            raise fail(str(reason), "--workers, --zero-stage", "give a scale that divides the global batch") from None
+        plan, _ = plan_run(spec, workspace)
+        write_json(run.spec, spec.model_dump(mode="json"))
+        write_json(run.plan, asdict(plan))
 
 
 def execute(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard:
@@ -146,10 +170,10 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
 
     drop_torn_row(run.metrics)
     prepared = prepare(spec, workspace)
-    aids = ready_aids(spec, plan, prepared, workspace)
+    aids = ready_aids(spec, plan, prepared, workspace, run.logs, memory_limit(spec.scaling))
     console.print(f"training on {plan.workers} workers, ZeRO {plan.zero_stage}, {plan.steps} steps")
     with progress(console, run.metrics, plan.steps):
-        fit(make_job(spec, plan, prepared, run, hash_spec(spec), aids), spec.scaling, run)
+        fit(make_job(spec, plan, prepared, run, hash_training(spec), aids), spec.scaling, run)
 
 
 def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:

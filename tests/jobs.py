@@ -16,11 +16,10 @@ import yaml
 from safetensors.torch import load_file
 from tiny_spec import write_rows, write_tiny_spec
 
-from cluster.pipeline import hash_spec, plan_run, read_spec
+from cluster.pipeline import hash_training, plan_run, read_spec
 from training.errors import TenureError
 from training.faults import output_to
 from training.plan import Plan
-from training.protections import masters
 from training.spec import RunSpec
 from training.worker import Job, Trainer, make_job
 from training.workspace import RunFolder, Workspace, read_json, write_json
@@ -31,7 +30,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "full": {"type": "full"},
     "l2sp": {"type": "full"},
 }
-PROTECTIONS = {"l2sp": [{"type": "l2sp", "strength": 0.1}]}
+PROTECTIONS = {"l2sp": [{"type": "l2sp", "strength": 0.1, "update": "coupled"}]}
 # 45 rows in batches of 8: the sixth step of every epoch is short. The loss of a random model starts near 8 nats with
 # gradients far above the clipping norm.
 STEPS: dict[str, Any] = {
@@ -73,7 +72,7 @@ def plan_job(path: Path, workspace: Workspace) -> JobValues:
     """The job of a spec file, with a run folder of its own."""
     spec = read_spec(path, workspace)
     plan, prepared = plan_run(spec, workspace)
-    return make_job(spec, plan, prepared, workspace.new_run(spec.name), hash_spec(spec), {})
+    return make_job(spec, plan, prepared, workspace.new_run(spec.name), hash_training(spec), {})
 
 
 def run_of(job: JobValues) -> RunFolder:
@@ -172,7 +171,7 @@ def _train_one(job: JobValues, folder: RunFolder, after: After | None) -> None:
         write_json(folder.path / f"refusal-{rank}.json", str(error))
         return
     trainer.run()
-    dtypes = [str(master.dtype) for master in masters(trainer.engine, trainer.optimizer)]
+    dtypes = [str(master.dtype) for master in trainer.attached.layout.masters]
     buffers = sorted({str(buffer.dtype) for _, buffer in trainer.engine.module.named_buffers()})
     write_json(folder.path / f"dtypes-{rank}.json", {"masters": dtypes, "buffers": buffers})
     if after:

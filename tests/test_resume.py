@@ -12,7 +12,7 @@ from commands import Command, last_step
 from conftest import WholeRun
 from jobs import STEPS, JobValues, artifact_weights, rows_of, run_of, start_job, train_here
 
-from training.checkpoint import Shape, find_damage, latest_checkpoint, load_checkpoint
+from training.checkpoint import find_damage, latest_checkpoint
 from training.errors import TenureError
 from training.worker import Job, Trainer
 from training.workspace import RunFolder
@@ -102,27 +102,8 @@ def checkpointed(one_process: None, tiny_model: Path, tmp_path_factory: pytest.T
     return job
 
 
-@pytest.mark.parametrize(
-    ("shape", "difference"),
-    [
-        (Shape("another", 1, 1), "another"),
-        (Shape("same", 2, 1), "workers=2"),
-        (Shape("same", 1, 3), "zero_stage=3"),
-    ],
-)
-def test_a_checkpoint_of_another_shape_is_refused(checkpointed: JobValues, shape: Shape, difference: str) -> None:
-    newest = latest_checkpoint(run_of(checkpointed).checkpoints)
-    assert newest is not None
-    if shape.spec_hash == "same":
-        shape = Shape(checkpointed["spec_hash"], shape.workers, shape.zero_stage)
-    with pytest.raises(TenureError, match="another run") as caught:
-        load_checkpoint(newest, None, [], shape)
-    assert difference in str(caught.value)
-    assert str(newest) in str(caught.value)
-
-
 def test_a_worker_refuses_a_checkpoint_of_another_spec(checkpointed: JobValues) -> None:
-    with pytest.raises(TenureError, match="another run"):
+    with pytest.raises(TenureError, match="another run's spec"):
         Trainer.start(Job(**{**checkpointed, "spec_hash": "another"}), run_of(checkpointed))
 
 

@@ -83,4 +83,5 @@ def jobs(ray_cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_x(jobs):
-    for name in TUNINGS: print(name)
+    for name in TUNINGS:
+        print(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, cast
 
@@ -70,6 +71,41 @@ def start_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, spec:
     if _is_plain(spec, plan):
         _clip_before_step(optimizer, spec.training.max_grad_norm or math.inf)
     return engine
+
+
+def start_counting_engine(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, precision: str, zero_stage: int, rounds: int
+) -> Any:
+    """An engine that accumulates `rounds` micro-batches of one example a worker, in fp32, and clips nothing."""
+    half = precision == "bf16"
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": rounds,
+        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": min(_BUCKET_ELEMENTS, max(1, count))},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": half},
+        "communication_data_type": "fp32",
+        "steps_per_print": _NEVER,
+    }
+    if half:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    engine, *_ = _import_deepspeed().initialize(
+        model=model, optimizer=optimizer, config=config, dist_init_required=False
+    )
+    return engine
+
+
+def unclipping(engine: Any, max_grad_norm: float | None) -> Callable[[], torch.Tensor | float]:
+    """The factor that undoes the clipping of the step being made: max(1, norm / max_norm)."""
+
+    def factor() -> torch.Tensor | float:
+        if max_grad_norm is None:
+            return 1.0
+        norm = engine.optimizer._global_grad_norm  # the engine's own is that of the step before
+        return torch.as_tensor((norm + 1e-6) / max_grad_norm).clamp(min=1.0)
+
+    return factor
 
 
 def _import_deepspeed() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,11 +67,13 @@ def export_artifact(
     spec: RunSpec,
     run_id: str,
     initial: dict[str, torch.Tensor] | None = None,
+    write_beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Save the tuned model as a folder that is complete or not there; every rank calls it.
 
     Args:
         initial: LoRA's first A and B by parameter name, where they were taken out of the base.
+        write_beside: writes what goes with the model, into the folder given; called on rank 0.
     """
     weights = gather_masters(model) | gather_frozen(model)
     if dist.get_rank() == 0:
@@ -86,12 +89,14 @@ def export_artifact(
             save_merged(base, part, part / MERGED_FOLDER, tokenizer)
         lineage = {"run": run_id, "tuning": spec.tuning.type, "base_model": str(base), "base_hash": hash_folder(base)}
         write_json(part / LINEAGE_FILE, lineage)
+        if write_beside is not None:
+            write_beside(part)
         part.rename(target)
     dist.barrier()
 
 
 def _save_whole(model: Any, weights: dict[str, torch.Tensor], part: Path, base: Path) -> None:
-    """The whole model in the base's dtype, with the buffers that a checkpoint holds. What did not move is the base's."""
+    """The whole model in the base's dtype, with its buffers. What did not move is read from the base again."""
     dtype = _stored_dtype(base)
     names = [name for name, _ in model.named_parameters()]
     if len(weights) < len(names):
@@ -105,9 +110,7 @@ def _save_whole(model: Any, weights: dict[str, torch.Tensor], part: Path, base: 
     model.config.save_pretrained(part)
 
 
-def _save_adapter(
-    model: Any, weights: dict[str, torch.Tensor], part: Path, initial: dict[str, torch.Tensor]
-) -> None:
+def _save_adapter(model: Any, weights: dict[str, torch.Tensor], part: Path, initial: dict[str, torch.Tensor]) -> None:
     """An adapter that PEFT loads on the untouched base."""
     config = model.peft_config[ADAPTER]
     if config.is_prompt_learning:

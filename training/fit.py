@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from training.errors import TenureError, fail
@@ -21,15 +23,38 @@ def fit(job: dict[str, Any], scaling: Scaling, folder: RunFolder) -> None:
     Raises:
         TenureError: a worker's fault that the user can mend, or the death of a worker.
     """
+    run_workers(train_worker, job, scaling, folder.path / "ray", folder.id, folder.logs, f"tenure resume {folder.id}")
+    if not folder.artifact.is_dir():
+        raise fail("training ended without an artifact", str(folder.logs), f"tenure resume {folder.id}")
+
+
+def run_workers(
+    function: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    scaling: Scaling,
+    storage: Path,
+    name: str,
+    logs: Path,
+    again: str,
+) -> None:
+    """Run a function on a group of Ray Train workers with a process group between them.
+
+    Args:
+        storage: where Ray Train keeps its own state of the group `name`.
+        logs, again: what an error points at, and what it says to do once the fault is mended.
+
+    Raises:
+        TenureError: a worker's fault that the user can mend, or the death of a worker.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    for name, value in _RAY_TRAIN.items():
-        os.environ.setdefault(name, value)
+    for variable, value in _RAY_TRAIN.items():
+        os.environ.setdefault(variable, value)
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=job,
+        function,
+        train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=scaling.workers,
@@ -37,17 +62,15 @@ def fit(job: dict[str, Any], scaling: Scaling, folder: RunFolder) -> None:
             resources_per_worker=worker_resources(scaling),
         ),
         run_config=RunConfig(
-            name=folder.id,
-            storage_path=str(folder.path / "ray"),
+            name=name,
+            storage_path=str(storage),
             failure_config=FailureConfig(max_failures=scaling.max_failures),
         ),
     )
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _explain(error, folder) from error
-    if not folder.artifact.is_dir():
-        raise fail("training ended without an artifact", str(folder.logs), f"tenure resume {folder.id}")
+        raise _explain(error, logs, again) from error
 
 
 def worker_resources(scaling: Scaling) -> dict[str, float]:
@@ -56,7 +79,7 @@ def worker_resources(scaling: Scaling) -> dict[str, float]:
     return {**resources, "GPU": float(scaling.gpus_per_worker)} if scaling.gpus_per_worker else resources
 
 
-def _explain(error: Any, folder: RunFolder) -> TenureError:
+def _explain(error: Any, logs: Path, again: str) -> TenureError:
     """The first worker's own TenureError where there is one; else what Ray says and where the logs are."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
@@ -67,7 +90,7 @@ def _explain(error: Any, folder: RunFolder) -> TenureError:
             cause = cause.__cause__ or getattr(cause, "_base_exc", None) or getattr(cause, "cause", None)
     reasons = sorted({_last_line(failure) for failure in failures.values()}) or [_last_line(error)]
     what = "a worker failed: " + "; ".join(reasons)
-    return fail(what, str(folder.logs), f"once mended: tenure resume {folder.id}")
+    return fail(what, str(logs), f"once mended: {again}")
 
 
 def _last_line(error: BaseException) -> str:

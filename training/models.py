@@ -95,7 +95,7 @@ def read_model_info(folder: Path) -> ModelInfo:
     config = _read_config(folder / "config.json")
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        shapes.update(_read_shapes(file))
+        shapes.update(read_shapes(file))
     return ModelInfo(
         path=folder,
         architecture=(config.get("architectures") or ["unknown"])[0],
@@ -135,7 +135,8 @@ def _read_header(file: Path) -> dict[str, Any]:
     return header
 
 
-def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors, from its header alone."""
     header = _read_header(file)
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 

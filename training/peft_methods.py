@@ -133,9 +133,13 @@ def wrong_lora_option(options: Mapping[str, Any]) -> Wrong | None:
     for name in options:
         if name in known and name not in LORA_OPTIONS and name not in _SET_BY_TENURE:
             reason = "it needs data, another model, or a base that no server loads"
-            return f"LoRA's option {name} is not supported: {reason}", f"use one of {_list(LORA_OPTIONS)}", (
-                "options",
-                name,
+            return (
+                f"LoRA's option {name} is not supported: {reason}",
+                f"use one of {_list(LORA_OPTIONS)}",
+                (
+                    "options",
+                    name,
+                ),
             )
     start = options.get("init_lora_weights", True)
     if not isinstance(start, bool) and not _is_known_start(start):

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from training.errors import Problem, TenureError
 from training.models import ModelInfo
 from training.spec import RunSpec
-from training.strategy import AnyTuning, Full, Lora, is_adapter, merges_by_itself, tuning_refusal
+from training.strategy import (
+    AnyTuning,
+    Ewc,
+    Full,
+    L2sp,
+    Lora,
+    Si,
+    is_adapter,
+    merges_by_itself,
+    records_path,
+    tuning_refusal,
+)
 
 GIB = 2**30
 _ADAM_STATES = 2
@@ -144,16 +155,35 @@ def estimate_memory(spec: RunSpec, info: ModelInfo, trainable: int, stage: int, 
     """Bytes that one worker needs at its peak: weights, gradients, optimizer, activations, logits, runtime."""
     workers = spec.scaling.workers
     width = 2 if spec.training.precision == "bf16" else 4
-    kept = _NF4_BYTES if isinstance(spec.tuning, Lora) and spec.tuning.bits else width
-    weights = info.num_parameters * kept / (workers if stage == 3 else 1)
+    stored = _NF4_BYTES if isinstance(spec.tuning, Lora) and spec.tuning.bits else width
+    weights = info.num_parameters * stored / (workers if stage == 3 else 1)
     gradients = trainable * width / (workers if stage >= 2 else 1)
     masters = trainable * 4 if width == 2 else 0
     states = (trainable * 4 * _ADAM_STATES + masters) / (workers if stage >= 1 else 1)
-    anchors = trainable * 4 * len(spec.protections) / (workers if stage >= 1 else 1)
+    kept = protection_bytes(spec, info, trainable) / (workers if stage >= 1 else 1)
     # 34 bytes a position, layer and hidden unit in 16 bits (arXiv 2205.05198, equation 2, without attention scores)
     activations = 34 / 2 * width * micro * longest * info.hidden_size * info.num_layers
     logits = 3 * 4 * micro * longest * info.vocab_size / 2
-    return int(weights + gradients + states + anchors + activations + logits + _OVERHEAD_BYTES)
+    return int(weights + gradients + states + kept + activations + logits + _OVERHEAD_BYTES)
+
+
+def protection_bytes(spec: RunSpec, info: ModelInfo, trainable: int) -> int:
+    """Bytes that protections keep over all workers, each of which holds its share from ZeRO 1 on.
+
+    An anchor a weight, and its importance; for LoRA the importance of the adapted weights. A path being recorded
+    takes its sum and its start, and within a step the weights and gradients of before.
+    """
+    total = 0
+    for protection in spec.protections:
+        if isinstance(protection, L2sp | Ewc | Si):
+            width = 2 if not isinstance(protection, L2sp) and protection.stored == "bf16" else 4
+            weighs = not isinstance(protection, L2sp)
+            if isinstance(spec.tuning, Lora):
+                total += 4 * sum(math.prod(shape) for shape in lora_shapes(spec.tuning, info).values()) * weighs
+            else:
+                recorded = isinstance(protection, Si) and records_path(protection, spec.tuning)
+                total += trainable * width * (1 + weighs) + trainable * 16 * recorded
+    return total
 
 
 def estimate_disk(spec: RunSpec, info: ModelInfo, trainable: int) -> int:

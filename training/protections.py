@@ -1,67 +1,125 @@
 """How old knowledge is kept: steps on the sharded fp32 master weights, hooked to the client optimizer.
 
 DeepSpeed puts each rank's fp32 partition, with its reduced gradient, into the client optimizer's groups before it
-calls `step`, at every ZeRO stage. What runs in a step pre-hook therefore sees shards, and needs no communication.
+calls `step`, at every ZeRO stage. What runs in a step hook therefore sees shards, and needs no communication. Nothing
+here knows DeepSpeed: a `Layout` of plain parameters and any torch optimizer do as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from training.strategy import L2sp
+from training.layout import Layout, Sheet
 
-Shards = list[torch.Tensor]
-
-
-class AttachedProtection(Protocol):
-    """What a protection keeps between steps; its tensors are checkpointed beside the optimizer's."""
-
-    def state(self) -> dict[str, Any]: ...
-
-    def restore(self, state: dict[str, Any]) -> None: ...
+# Elements handled at once, so that what lies between two operations stays in a processor's cache.
+_CHUNK = 1 << 22
 
 
-def shards(optimizer: torch.optim.Optimizer) -> Shards:
-    """What the client optimizer steps over now: at ZeRO 3 nothing between steps, and one sub-group in a step."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def stepped(layout: Layout, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, torch.Tensor]]:
+    """The shards that the optimizer steps over now, with their place in the layout: at ZeRO 3 one sub-group a step."""
+    for group in optimizer.param_groups:
+        for master in group["params"]:
+            if master.grad is not None:
+                yield layout.index(master), master
 
 
-def masters(engine: Any, optimizer: torch.optim.Optimizer) -> Shards:
-    """All of this rank's fp32 masters (at ZeRO 0 in fp32: the parameters), in the optimizer's order."""
-    return list(getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or shards(optimizer))
+class QuadraticPull:
+    """Pulls every weight towards its anchor, the weight it has when this is attached.
 
+    The penalty is strength/2 sum_i w_i (theta_i - anchor_i)^2: L2-SP (arXiv 1802.01483) with w = 1, EWC (arXiv
+    1612.00796) with the Fisher information, SI (arXiv 1703.04200) with its importance and twice its strength.
 
-class AttachedL2sp:
-    """Adds strength * (theta - theta_0) to the gradient: the derivative of L2-SP, arXiv 1802.01483."""
+    `coupled` adds the gradient to the loss's own, after clipping, before the optimizer sees it. `proximal` minimises
+    the penalty around the optimizer's new weights instead, theta <- (theta + eta s w anchor) / (1 + eta s w) with the
+    rate eta of the step, which is stable at any strength.
+    """
 
-    def __init__(self, protection: L2sp, engine: Any, optimizer: torch.optim.Optimizer) -> None:
-        self._strength = protection.strength
-        self._anchors = {shard: shard.detach().float().clone() for shard in masters(engine, optimizer)}
-        optimizer.register_step_pre_hook(self._pull)
+    def __init__(
+        self, layout: Layout, optimizer: torch.optim.Optimizer, *, strength: float, weights: Sheet | None, update: str
+    ) -> None:
+        self._layout, self._strength, self._weights = layout, strength, weights
+        dtype = weights[0].dtype if weights else torch.float32
+        self._anchors = layout.copy(dtype)
+        if update == "coupled":
+            optimizer.register_step_pre_hook(self._add_gradient)
+        else:
+            optimizer.register_step_post_hook(self._pull_back)
 
     @torch.no_grad()
-    def _pull(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for shard in shards(optimizer):
-            if shard.grad is not None:
-                shard.grad.add_((shard - self._anchors[shard]).to(shard.grad.dtype), alpha=self._strength)
+    def _add_gradient(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for index, master in stepped(self._layout, optimizer):
+            assert master.grad is not None
+            for theta, anchor, weight, grad in self._chunks(index, master, master.grad):
+                distance = theta - anchor
+                if weight is None:
+                    grad.add_(distance, alpha=self._strength)
+                else:
+                    grad.addcmul_(distance, weight, value=self._strength)
 
-    def state(self) -> dict[str, Any]:
-        return {"anchors": list(self._anchors.values())}
+    @torch.no_grad()
+    def _pull_back(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            pull = group["lr"] * self._strength
+            for master in group["params"]:
+                for theta, anchor, weight, _ in self._chunks(self._layout.index(master), master, master):
+                    force = pull if weight is None else weight.float() * pull
+                    theta.lerp_(anchor.to(theta.dtype), force / (1 + force))
 
-    def restore(self, state: dict[str, Any]) -> None:
-        for anchor, saved in zip(self._anchors.values(), state["anchors"], strict=True):
-            anchor.copy_(saved)
+    def _chunks(
+        self, index: int, master: torch.Tensor, other: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+        flat = [master.detach().view(-1), self._anchors[index].view(-1), other.detach().view(-1)]
+        weights = self._weights[index].view(-1) if self._weights else None
+        for start in range(0, master.numel(), _CHUNK):
+            end = start + _CHUNK
+            theta, anchor, beside = (tensor[start:end] for tensor in flat)
+            yield theta, anchor, weights[start:end] if weights is not None else None, beside
 
 
-Attach = Callable[[Any, Any, torch.optim.Optimizer], AttachedProtection]
-PROTECTIONS: dict[type, Attach] = {L2sp: AttachedL2sp}
+class PathIntegral:
+    """Synaptic intelligence's path integral omega = -sum over steps of g dtheta, arXiv 1703.04200.
 
+    g is the loss's own gradient, before clipping and before any pull, and dtheta what the whole step did to the weight.
+    To be attached before the pulls.
 
-def attach_all(
-    protections: tuple[L2sp, ...], engine: Any, optimizer: torch.optim.Optimizer
-) -> list[AttachedProtection]:
-    """Hook every protection of the spec to the client optimizer, in the spec's order."""
-    return [PROTECTIONS[type(protection)](protection, engine, optimizer) for protection in protections]
+    Args:
+        unclip: the factor that undoes the clipping of the gradient in the step now being made.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        optimizer: torch.optim.Optimizer,
+        unclip: Callable[[], torch.Tensor | float] = lambda: 1.0,
+    ) -> None:
+        self._layout, self._unclip = layout, unclip
+        self.omega = layout.zeros()
+        self._start = layout.copy()
+        self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        optimizer.register_step_pre_hook(self._note)
+        optimizer.register_step_post_hook(self._add)
+
+    @torch.no_grad()
+    def _note(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for index, master in stepped(self._layout, optimizer):
+            assert master.grad is not None
+            self._before[index] = master.detach().float().clone(), master.grad.float() * self._unclip()
+
+    @torch.no_grad()
+    def _add(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for index, (theta, gradient) in self._before.items():
+            self.omega[index].addcmul_(gradient, theta.sub_(self._layout.masters[index].detach()))
+        self._before.clear()
+
+    def importance(self, xi: float, earlier: Sheet | None = None) -> Sheet:
+        """omega / ((theta - theta_start)^2 + xi), with what earlier tasks left added; may be negative."""
+        moved = [(now.detach() - start) ** 2 for now, start in zip(self._layout.masters, self._start, strict=True)]
+        own = [omega / (distance + xi) for omega, distance in zip(self.omega, moved, strict=True)]
+        return [mine + old for mine, old in zip(own, earlier, strict=True)] if earlier else own
+
+    def sheets(self) -> dict[str, Sheet]:
+        """What a checkpoint must hold."""
+        return {"omega": self.omega}

@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,19 @@ import torch.distributed as dist
 
 from training import checkpoint, export, tuning
 from training import engine as engines
+from training.attach import Attached, attach_all, path_importance
 from training.batches import Schedule, collate, micro_batches, share
 from training.encoding import Encoded, load_tokenizer
 from training.errors import fail
 from training.faults import explained_at, output_to
+from training.importance import IMPORTANCE_FOLDER, PATH_INTEGRAL, write_importance
+from training.layout import Layout
+from training.models import hash_folder
 from training.objectives import SftLoss
 from training.plan import Plan
 from training.prepare import Prepared, load_prepared
-from training.protections import AttachedProtection, attach_all
 from training.spec import RunSpec
-from training.strategy import is_adapter
+from training.strategy import Si, is_adapter
 from training.workspace import RunFolder
 
 
@@ -62,8 +65,10 @@ class Trainer:
     engine: Any
     optimizer: torch.optim.Optimizer
     objective: SftLoss
-    protections: list[AttachedProtection]
-    shape: checkpoint.Shape
+    attached: Attached
+    aids: dict[str, str]
+    spec_hash: str
+    data_hash: str
     schedule: Schedule
     initial: dict[str, torch.Tensor]
     step: int = 0
@@ -82,6 +87,8 @@ class Trainer:
         engine = engines.start_engine(model, optimizer, spec, plan)
         if is_adapter(spec.tuning):
             tuning.align_buffers(model)
+        layout = Layout.of_engine(engine)
+        unclip = engines.unclipping(engine, spec.training.max_grad_norm)
         trainer = cls(
             spec=spec,
             plan=plan,
@@ -91,8 +98,10 @@ class Trainer:
             engine=engine,
             optimizer=optimizer,
             objective=SftLoss(model),
-            protections=attach_all(spec.protections, engine, optimizer),
-            shape=checkpoint.Shape(job.spec_hash, plan.workers, plan.zero_stage),
+            attached=attach_all(spec, engine.module, layout, optimizer, job.aids, unclip),
+            aids=job.aids,
+            spec_hash=job.spec_hash,
+            data_hash=Path(job.prepared).stem,
             schedule=_schedule(spec, plan),
             initial=initial,
         )
@@ -106,7 +115,7 @@ class Trainer:
         if self.step == 0:
             self._validate()
         while self.step < self.plan.steps:
-            self._train_step()
+            self.train_step()
             if self._is_due(self.plan.validate_every_steps):
                 self._validate()
             if self._is_due(self.plan.checkpoint_every_steps):
@@ -118,21 +127,46 @@ class Trainer:
             self.folder.artifact,
             self.spec,
             self.folder.id,
-            self.initial,
+            write_beside=self._importance_beside() if self.attached.path is not None else None,
+            initial=self.initial,
         )
+
+    def _importance_beside(self) -> Callable[[Path], None]:
+        write = self.importance_writer()
+        return lambda model: write(model / IMPORTANCE_FOLDER, model)
+
+    def importance_writer(self) -> Callable[[Path, Path], None]:
+        """Gathers what the recorded path says of the weights; all ranks call it, and rank 0 what it returns.
+
+        That writes the importance into the folder that is its first argument, as that of the model in the second.
+        """
+        settings = next(protection for protection in self.spec.protections if isinstance(protection, Si))
+        earlier = Path(self.aids["si"]) if "si" in self.aids else None
+        tensors, tasks = path_importance(self.attached, settings.xi, earlier)
+        about = {"estimator": PATH_INTEGRAL, "reduction": "mean", "examples": len(self.data.train), "tasks": tasks}
+
+        def write(target: Path, model: Path) -> None:
+            hashes = {"base_hash": hash_folder(model), "data_hash": self.data_hash}
+            write_importance(target, tensors, {**about, **hashes, "gamma": 1.0})
+
+        return write
 
     def _resume(self) -> None:
         if dist.get_rank() == 0:
             drop_torn_row(self.folder.metrics)
         newest = checkpoint.latest_checkpoint(self.folder.checkpoints)
         if newest is not None:
-            self.step = checkpoint.load_checkpoint(newest, self.engine, self.protections, self.shape)
+            self.step = checkpoint.load_checkpoint(newest, self._state, self.spec_hash)
             self._log({"kind": "resume", "step": self.step})
+
+    @property
+    def _state(self) -> checkpoint.State:
+        return checkpoint.State(self.engine, self.optimizer, self.attached.layout, self.attached.sheets)
 
     def _is_due(self, every: int) -> bool:
         return self.step == self.plan.steps or (every > 0 and self.step % every == 0)
 
-    def _train_step(self) -> None:
+    def train_step(self) -> None:
         """One optimizer step over one global batch; the loss is a mean over all its target tokens."""
         started = time.monotonic()
         indices = self.schedule.batch(self.step)
@@ -192,14 +226,8 @@ class Trainer:
 
     def _save(self) -> None:
         started = time.monotonic()
-        checkpoint.save_checkpoint(
-            self.folder.checkpoints,
-            self.step,
-            self.engine,
-            self.protections,
-            self.shape,
-            self.spec.training.keep_checkpoints,
-        )
+        keep = self.spec.training.keep_checkpoints
+        checkpoint.save_checkpoint(self.folder.checkpoints, self.step, self._state, self.spec_hash, keep)
         self._log({"kind": "checkpoint", "step": self.step, "seconds": time.monotonic() - started})
 
     def _log(self, row: dict[str, Any]) -> None:

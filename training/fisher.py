@@ -1,0 +1,177 @@
+"""The diagonal Fisher information of a model's weights, from squares of per-example gradients.
+
+Squares must be taken example by example, before anything is averaged: the square of a mean gradient vanishes where the
+model has learned its data, and protects nothing. A hook on every parameter squares the gradient of each backward pass,
+and whatever reduces and accumulates gradients (DeepSpeed at any ZeRO stage, or autograd alone) then adds up squares.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from training import engine as engines
+from training.encoding import Encoded
+from training.faults import explained_at, output_to
+from training.importance import open_importance, read_info, write_importance
+from training.layout import Layout, Sheet, gather_to_first
+from training.prepare import load_prepared
+from training.tuning import load_base
+
+
+class SquaredGradients:
+    """While open, every backward pass leaves `weight` times the square of its gradient."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        self._parameters = list(parameters)
+        self.weight = 1.0
+
+    @contextmanager
+    def open(self) -> Iterator[SquaredGradients]:
+        handles: list[Any] = [
+            parameter.register_hook(self._square)  # type: ignore[no-untyped-call]
+            for parameter in self._parameters
+        ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _square(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * gradient * self.weight
+
+
+def diagonal_fisher(
+    named: Mapping[str, torch.Tensor], losses: Iterable[tuple[float, torch.Tensor]], examples: int
+) -> dict[str, torch.Tensor]:
+    """The mean over examples of sum_k weight_k (d loss_k / d theta)^2, in plain autograd.
+
+    Args:
+        losses: (weight, loss) pairs: one (1, loss) an example where its label is drawn or given, or the loss of each
+            class with the probability of the class for the expectation over all of them.
+    """
+    for parameter in named.values():
+        parameter.grad = None
+    with SquaredGradients(named.values()).open() as squares:
+        for weight, loss in losses:
+            squares.weight = weight
+            loss.backward()  # type: ignore[no-untyped-call]
+    return {name: parameter.grad / examples for name, parameter in named.items() if parameter.grad is not None}
+
+
+class Collector(torch.optim.Optimizer):
+    """A client optimizer that keeps what is in the gradients at its step and changes nothing."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        super().__init__(list(parameters), {"lr": 0.0})
+        self.found: dict[torch.Tensor, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for master in group["params"]:
+                if master.grad is not None:
+                    self.found[master] = master.grad.detach().float().clone()
+
+    def sheet(self, layout: Layout) -> Sheet:
+        """What was found, in the order of the layout's shards; zero where there was no gradient."""
+        return [
+            found if (found := self.found.get(master)) is not None else torch.zeros_like(master, requires_grad=False)
+            for master in layout.masters
+        ]
+
+
+def example_loss(model: Any, example: Encoded, estimator: str, seed: int, device: torch.device) -> torch.Tensor:
+    """-log p summed over the target tokens of one example.
+
+    `empirical` takes the example's own tokens, `exact` draws each from the model's distribution at its place, from a
+    generator that the seed alone decides, so that the draw is the same whatever worker makes it.
+    """
+    ids = torch.tensor([example.ids], device=device)
+    wanted = torch.tensor(example.is_target[1:], device=device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1][wanted].float()
+    labels = ids[0, 1:][wanted]
+    if estimator == "exact":
+        generator = torch.Generator().manual_seed(seed)
+        probabilities = logits.detach().softmax(-1).cpu()
+        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(device)
+    return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def fisher_worker(config: dict[str, Any]) -> None:
+    """Entry point of Ray Train: the importance of a base model's weights, written by the first worker."""
+    job = FisherJob(**config)
+    logs = Path(job.logs)
+    with output_to(logs / f"importance-{dist.get_rank()}.log"), explained_at(logs):
+        _compute(job)
+
+
+@dataclass(frozen=True)
+class FisherJob:
+    """What a worker is sent, as plain values. `about` goes into the artifact as it is."""
+
+    base: str
+    prepared: str
+    target: str
+    logs: str
+    precision: str
+    zero_stage: int
+    estimator: str
+    examples: int
+    seed: int
+    previous: str | None
+    gamma: float
+    about: dict[str, Any]
+
+
+def _compute(job: FisherJob) -> None:
+    """Every worker squares the gradients of its share of the examples in one accumulated step of DeepSpeed."""
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    model = load_base(Path(job.base), torch.bfloat16 if job.precision == "bf16" else torch.float32)
+    model.requires_grad_(True)
+    model.eval()
+    drawn = pick_examples(len(load_prepared(Path(job.prepared)).train), job.examples, job.seed)
+    rounds = -(-len(drawn) // workers)
+    optimizer = Collector(model.parameters())
+    engine = engines.start_counting_engine(model, optimizer, job.precision, job.zero_stage, rounds)
+    layout = Layout.of_engine(engine)
+    examples = load_prepared(Path(job.prepared)).train
+    with SquaredGradients(parameter for parameter in engine.module.parameters() if parameter.requires_grad).open():
+        for turn in range(rounds):
+            place = turn * workers + rank
+            # A worker without an example left repeats the first, times zero: all take part in every reduction.
+            index, scale = (drawn[place], 1.0) if place < len(drawn) else (drawn[0], 0.0)
+            loss = example_loss(engine, examples[index], job.estimator, job.seed + index, engine.device)
+            engine.backward(loss * (rounds * scale))  # DeepSpeed divides by the rounds
+            engine.step()
+    # DeepSpeed averages over the workers.
+    sheet = [found * (workers / len(drawn)) for found in optimizer.sheet(layout)]
+    tasks = 1
+    if job.previous is not None:
+        past = layout.zeros()
+        with open_importance(Path(job.previous)) as read:
+            layout.spread(read, past)
+        sheet = [found.add_(old, alpha=job.gamma) for found, old in zip(sheet, past, strict=True)]
+        tasks += read_info(Path(job.previous)).tasks
+    gathered = gather_to_first(layout, sheet)
+    if rank == 0:
+        counted = {"examples": len(drawn), "estimator": job.estimator, "reduction": "sum", "gamma": job.gamma}
+        write_importance(Path(job.target), gathered, {**job.about, **counted, "tasks": tasks})
+    dist.barrier()
+    engine.destroy()
+
+
+def pick_examples(available: int, wanted: int, seed: int) -> list[int]:
+    """Indices of the examples that are looked at: a seeded draw without replacement, at most all."""
+    order = list(range(available))
+    random.Random(seed).shuffle(order)
+    return sorted(order[:wanted])
