@@ -35,7 +35,7 @@ def served_models(run: RunFolder, scorecard: Scorecard) -> ServedModels:
     """
     spec = spec_of(run)
     artifact = registered_artifact(run, scorecard)
-    tuned, rank = _served_form(spec.tuning, artifact)
+    tuned, rank = served_form(spec.tuning, artifact)
     return ServedModels(
         base_name=Path(spec.model).name,
         base_path=Path(spec.model),
@@ -47,7 +47,7 @@ def served_models(run: RunFolder, scorecard: Scorecard) -> ServedModels:
     )
 
 
-def _served_form(tuning: AnyTuning, artifact: Path) -> tuple[Path, int | None]:
+def served_form(tuning: AnyTuning, artifact: Path) -> tuple[Path, int | None]:
     """The folder that vLLM loads, and the rank of the adapter in it; None for a whole model."""
     if is_served_as_adapter(tuning):
         return artifact, int(read_json(artifact / "adapter_config.json")["r"])

@@ -117,7 +117,8 @@ def _save_adapter(model: Any, weights: dict[str, torch.Tensor], part: Path, init
         _save_prompt(model, weights, part)
         return
     kept = model.state_dict().keys()
-    state = {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in kept}
+    buffers = model.named_buffers(remove_duplicate=False)
+    state = {name: buffer.detach().cpu() for name, buffer in buffers if name in kept}
     state |= _under_all_names(model, weights)
     if initial:
         state = {name: _with_initial(name, tensor, initial) for name, tensor in state.items()}
