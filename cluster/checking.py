@@ -11,8 +11,9 @@ from rich.text import Text
 
 from cluster import pipeline
 from training.encoding import Encoded, load_tokenizer
-from training.plan import GIB, Plan
+from training.plan import GIB, Plan, describe_replay
 from training.prepare import load_prepared
+from training.strategy import Replay
 from training.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -27,14 +28,17 @@ def show_check(spec_path: Path, workspace: Workspace) -> None:
     plan, prepared = pipeline.plan_run(spec, workspace)
     console = Console(highlight=False)
     console.print(f"[bold green]valid[/]  {spec_path}")
-    console.print(plan_table(plan))
+    console.print(plan_table(plan, spec.protection(Replay)))
     tokenizer = load_tokenizer(Path(spec.model))
     console.print("the first examples; [bold green]green[/] tokens carry loss, others are only read:")
-    for example in load_prepared(prepared).train[:PREVIEWED]:
-        console.print(preview_text(example, tokenizer), soft_wrap=True)
+    data = load_prepared(prepared)
+    for index in range(min(PREVIEWED, len(data.train))):
+        console.print(preview_text(data.train[index], tokenizer), soft_wrap=True)
+        if data.rejected:
+            console.print(Text("rejected: ") + preview_text(answer_of(data.rejected[index]), tokenizer), soft_wrap=True)
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: Plan, replay: Replay | None = None) -> Table:
     """The plan in words and units."""
     share = plan.trainable_parameters / plan.model_parameters
     rows = {
@@ -46,6 +50,7 @@ def plan_table(plan: Plan) -> Table:
         "steps": f"{plan.steps} ({plan.steps_per_epoch} an epoch)",
         "examples": f"{plan.num_examples:,} ({plan.num_overlong} longer than max_length)",
         "tokens": f"{plan.num_tokens_per_epoch:,} an epoch, {plan.num_target_tokens_per_epoch:,} carry loss",
+        **({"replay": describe_replay(plan, replay.share)} if replay else {}),
         "memory": f"about {plan.memory_per_worker_bytes / GIB:.1f} GiB a worker (estimated)",
         "disk": f"about {plan.disk_bytes / GIB:.2f} GiB",
     }
@@ -62,6 +67,12 @@ def preview_text(example: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
         piece = str(tokenizer.decode(ids))
         text.append(f"[{piece}]" if is_target else piece, style="bold green" if is_target else "dim")
     return text
+
+
+def answer_of(example: Encoded) -> Encoded:
+    """A row from its first target on: a rejected answer without the prompt that it shares with the chosen one."""
+    start = example.is_target.index(True)
+    return Encoded(example.ids[start:], example.is_target[start:])
 
 
 def _stretches(example: Encoded) -> list[tuple[list[int], bool]]:

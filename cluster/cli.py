@@ -169,6 +169,22 @@ def show_importance(folder: Path) -> None:
 
 @cli.command()
 @RUN
+@click.option("--alpha", "alphas", multiple=True, type=float, help="0 is the base, 1 the tuned model; again for more.")
+@click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
+@click.pass_context
+def interpolate(context: click.Context, run: str, alphas: tuple[float, ...], address: str | None) -> None:
+    """Score the weights between RUN's base and its tuned model, for an alpha that forgets less (WiSE-FT)."""
+    from cluster.interpolation import interpolate_run
+    from cluster.screen import make_screen
+    from training.report import print_wise
+
+    console, folder = make_screen(), context.obj.run(run)
+    print_wise(console, interpolate_run(folder, context.obj, alphas, address, console))
+    console.print(f"curve    {folder.wise_curve}\nreport   {folder.report}\nmodels   {folder.wise}")
+
+
+@cli.command()
+@RUN
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--address", help="A Ray head, host:port. Default: a local Ray.")

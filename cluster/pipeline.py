@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
 
-from cluster.aids import ready_aids
+from cluster.aids import describe_aids, ready_aids, ready_data
 from cluster.screen import progress
 from cluster.session import ray_session
+from cluster.tasks import run_tasks
 from training.errors import TenureError, fail
 from training.importance import check_importances
 from training.models import find_model, read_model_info
-from training.plan import GIB, Plan, make_plan
+from training.plan import GIB, Plan, describe_replay, make_plan
 from training.prepare import load_prepared, prepare
 from training.scorecard import Scorecard, read_scorecard
 from training.spec import Export, RunSpec, Scaling
 from training.specfile import load_spec
-from training.strategy import is_adapter
+from training.strategy import Replay, is_adapter
+from training.teacher import check_teacher
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
 _SPARE_DISK_BYTES = 256 * 2**20
@@ -38,9 +38,10 @@ def read_spec(path: Path, workspace: Workspace) -> RunSpec:
 def plan_run(spec: RunSpec, workspace: Workspace) -> tuple[Plan, Path]:
     """Check and encode all data, and plan; nothing of a run exists yet."""
     check_importances(spec)
+    teacher = check_teacher(spec)
     prepared = prepare(spec, workspace)
     counts = load_prepared(prepared).counts()
-    plan = make_plan(spec, read_model_info(Path(spec.model)), counts, memory_limit(spec.scaling))
+    plan = make_plan(spec, read_model_info(Path(spec.model)), counts, memory_limit(spec.scaling), teacher)
     check_disk(workspace, plan)
     return plan, prepared
 
@@ -169,71 +170,67 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
     from training.worker import drop_torn_row, make_job
 
     drop_torn_row(run.metrics)
-    prepared = prepare(spec, workspace)
+    prepared = ready_data(spec, workspace, console)
     aids = ready_aids(spec, plan, prepared, workspace, run.logs, memory_limit(spec.scaling))
+    if replay := spec.protection(Replay):
+        console.print(f"replaying {describe_replay(plan, replay.share)}")
+    note = describe_aids(spec, prepared, aids)
+    if note:
+        console.print(note)
     console.print(f"training on {plan.workers} workers, ZeRO {plan.zero_stage}, {plan.steps} steps")
     with progress(console, run.metrics, plan.steps):
         fit(make_job(spec, plan, prepared, run, hash_training(spec), aids), spec.scaling, run)
 
 
 def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:
-    """Score base and artifact, each in its own process and at once, the base's answers from the cache if there."""
+    """The scorecard of a run's artifact against its base, written into the run's folder."""
+    scorecard = score_artifacts(run, spec, workspace, {"tuned": run.artifact})["tuned"]
+    write_json(run.scorecard, scorecard.model_dump(mode="json"))
+    return scorecard
+
+
+def score_artifacts(
+    run: RunFolder, spec: RunSpec, workspace: Workspace, artifacts: dict[str, Path]
+) -> dict[str, Scorecard]:
+    """Scorecards by name, each of an artifact against the base; whatever was scored before comes from the cache.
+
+    Every model is scored in a process of its own, whose log is named after it.
+    """
     from training import scoring
     from training.judge import build_scorecard
 
     base = Path(spec.model)
     protocol = scoring.protocol_of(spec, scoring.scoring_precision(spec.scaling.gpus_per_worker))
     key = scoring.protocol_hash(protocol, base)
-    targets = {"base": scoring.cached_scores(workspace, base, key)}
-    targets["tuned"] = scoring.cached_scores(workspace, run.artifact, key)
-    jobs = [
-        scoring.ScoreJob(
+    models = {"base": base, **artifacts}
+    targets = {name: scoring.cached_scores(workspace, model, key) for name, model in models.items()}
+    jobs = {
+        target: scoring.ScoreJob(
             spec=spec.model_dump(mode="json"),
             base=str(base),
-            artifact=str(run.artifact) if name == "tuned" else None,
-            is_adapter=is_adapter(spec.tuning) and name == "tuned",
+            artifact=None if models[name] == base else str(models[name]),
+            is_adapter=is_adapter(spec.tuning) and models[name] != base,
             target=str(target),
             log=str(run.logs / f"score-{name}.log"),
         )
         for name, target in targets.items()
         if not target.is_file()
-    ]
-    seconds = _score_all(jobs, spec.scaling)
-    scorecard = build_scorecard(
-        run_id=run.id,
-        spec=spec,
-        artifact=run.artifact,
-        protocol=protocol,
-        protocol_hash=key,
-        base=scoring.read_scores(targets["base"]),
-        tuned=scoring.read_scores(targets["tuned"]),
-        seconds=seconds,
-    )
-    write_json(run.scorecard, scorecard.model_dump(mode="json"))
-    return scorecard
-
-
-def _score_all(jobs: list[Any], scaling: Scaling) -> float:
-    """Run scoring jobs as Ray tasks, each in a fresh process; the seconds they took in all."""
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    from training.scoring import score_model
-
-    if not jobs:
-        return 0.0
-    cpus = max(1, (os.cpu_count() or 1) // len(jobs)) if not scaling.gpus_per_worker else 1
-    cpus = min(cpus, int(ray.cluster_resources()["CPU"]) // len(jobs) or 1)
-    options = {"num_cpus": cpus, "num_gpus": scaling.gpus_per_worker, "max_calls": 1, "max_retries": 1}
-    task = ray.remote(**options)(score_model)
-    try:
-        return float(sum(ray.get([task.remote(job) for job in jobs])))
-    except RayTaskError as error:
-        cause = getattr(error, "cause", None)
-        raise cause if isinstance(cause, TenureError) else error from None
-    except RayError as error:
-        what = f"a scoring process died: {str(error).strip().splitlines()[0]}"
-        raise fail(what, str(Path(jobs[0].log).parent), "free some memory, then: tenure resume RUN") from None
+    }
+    models_of = list(jobs.values())
+    seconds = float(sum(run_tasks(scoring.score_model, models_of, spec.scaling, run.logs, "a scoring process")))
+    return {
+        name: build_scorecard(
+            run_id=run.id,
+            spec=spec,
+            artifact=artifact,
+            protocol=protocol,
+            protocol_hash=key,
+            base=scoring.read_scores(targets["base"]),
+            tuned=scoring.read_scores(targets[name]),
+            seconds=seconds,
+        )
+        for name, artifact in artifacts.items()
+    }
 
 
 def _needs(scaling: Scaling) -> dict[str, float]:

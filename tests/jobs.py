@@ -20,6 +20,7 @@ from cluster.pipeline import hash_training, plan_run, read_spec
 from training.errors import TenureError
 from training.faults import output_to
 from training.plan import Plan
+from training.signals import compute_signals, signal_jobs
 from training.spec import RunSpec
 from training.worker import Job, Trainer, make_job
 from training.workspace import RunFolder, Workspace, read_json, write_json
@@ -48,9 +49,18 @@ TWO_WORKERS: dict[str, Any] = {"workers": 2, "zero_stage": 2}
 
 
 def uneven_rows(count: int) -> list[dict[str, str]]:
-    """Sums of one to six terms, so that questions have from 9 to 19 characters and answers one or two."""
+    """Sums of one to six terms, so that questions have from 9 to 19 characters and answers one or two.
+
+    `wrong` is another answer, of one to three characters, and `text` repeats question and answer, in 12 to 170.
+    """
     terms = [[(index * 7 + place * 3) % 10 for place in range(1 + index % 6)] for index in range(count)]
-    return [{"question": f"what is {'+'.join(map(str, row))}", "answer": str(sum(row))} for row in terms]
+    rows = [{"question": f"what is {'+'.join(map(str, row))}", "answer": str(sum(row))} for row in terms]
+    return [
+        row
+        | {"wrong": str(int(row["answer"]) * (2 + index % 3) + 1)}
+        | {"text": "; ".join([f"{row['question']} {row['answer']}"] * (1 + index % 7))}
+        for index, row in enumerate(rows)
+    ]
 
 
 def write_spec(folder: Path, model: Path, rows: int = 45, amend: dict[str, Any] | None = None, **sections: Any) -> Path:
@@ -72,7 +82,17 @@ def plan_job(path: Path, workspace: Workspace) -> JobValues:
     """The job of a spec file, with a run folder of its own."""
     spec = read_spec(path, workspace)
     plan, prepared = plan_run(spec, workspace)
-    return make_job(spec, plan, prepared, workspace.new_run(spec.name), hash_training(spec), {})
+    aids = aids_of(spec, prepared, workspace)
+    return make_job(spec, plan, prepared, workspace.new_run(spec.name), hash_training(spec), aids)
+
+
+def aids_of(spec: RunSpec, prepared: Path, workspace: Workspace) -> dict[str, str]:
+    """A run's aids, made in this process where they are missing."""
+    jobs = signal_jobs(spec, prepared, workspace, "float32", workspace.root)
+    for job in jobs.values():
+        if not Path(job.target).is_file():
+            compute_signals(job)
+    return {name: job.target for name, job in jobs.items()}
 
 
 def run_of(job: JobValues) -> RunFolder:

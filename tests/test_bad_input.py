@@ -104,6 +104,31 @@ def messages_without_template(data: dict[str, Any], folder: Path) -> None:
     data["data"]["train"] = [{"path": "train.jsonl", "messages": "turns"}]
 
 
+def other_teacher(data: dict[str, Any], folder: Path) -> None:
+    """A teacher whose tokenizer has swapped two tokens."""
+    shutil.copytree(data["model"], folder / "teacher")
+    file = folder / "teacher" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(tokenizer))
+    data["objective"] = {"type": "distill", "teacher": str(folder / "teacher")}
+
+
+def missing_teacher(data: dict[str, Any], folder: Path) -> None:
+    data["objective"] = {"type": "distill", "teacher": "./nowhere"}
+
+
+def pairs_alike(data: dict[str, Any], folder: Path) -> None:
+    data["objective"] = {"type": "dpo"}
+    data["data"]["train"] = [{"path": "train.jsonl", "prompt": "question", "chosen": "answer", "rejected": "answer"}]
+    write_rows(folder / "train.jsonl", [{"question": "1+1", "answer": "2"}])
+
+
+def pairs_for_sft(data: dict[str, Any], folder: Path) -> None:
+    data["data"]["train"] = [{"path": "train.jsonl", "prompt": "question", "chosen": "answer", "rejected": "question"}]
+
+
 def too_large(data: dict[str, Any], folder: Path) -> None:
     """A model whose config says a hidden size that no memory holds."""
     shutil.copytree(data["model"], folder / "large")
@@ -129,6 +154,15 @@ def no_spec(data: dict[str, Any], folder: Path) -> None:
             "give a local folder",
         ),
         (messages_without_template, "chat is asked for, but the model has no chat template", "use an instruct model"),
+        (
+            other_teacher,
+            "objective.teacher: the teacher's tokens are not the model's: id 64 is 'a' in the model and 'b' in the "
+            "teacher (259 and 259 tokens)",
+            "take a teacher of the model's own family",
+        ),
+        (missing_teacher, "objective.teacher: there is no folder /", "give the folder of a saved model"),
+        (pairs_alike, "row 1: the chosen and the rejected answer are the same", "remove the row"),
+        (pairs_for_sft, "objective sft cannot learn from rows of the form preference", "give completion or messages"),
         (too_large, "scaling: a worker needs about ", "try training.micro_batch_size below 8, a smaller"),
         (
             too_long,

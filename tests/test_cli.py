@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import yaml
 from one_command import ROOT, run_tenure
 from tiny_spec import write_tiny_spec
 
@@ -73,6 +74,29 @@ def test_check_shows_the_plan_and_the_tokens_that_carry_loss(tiny_model: Path, t
     assert "6 (6 an epoch)" in done.stdout
     assert "what is 0+1<|im_end|>\n<|im_start|>assistant\n[1<|im_end|>]" in done.stdout
     assert not (tmp_path / "workspace" / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("objective", "source", "shown"),
+    [
+        ("lm", {"text": "answer"}, "0[<|im_end|>]"),
+        (
+            "dpo",
+            {"prompt": "question", "chosen": "answer", "rejected": "{{ answer }}0"},
+            "<|im_start|>assistant\n[0<|im_end|>]\nrejected: [00<|im_end|>]",
+        ),
+    ],
+)
+def test_check_previews_text_and_pairs(
+    tiny_model: Path, tmp_path: Path, objective: str, source: dict[str, str], shown: str
+) -> None:
+    path = write_tiny_spec(tmp_path, tiny_model)
+    spec = yaml.safe_load(path.read_text())
+    spec |= {"objective": {"type": objective}, "data": {"train": [{"path": "train.jsonl", **source}]}}
+    path.write_text(yaml.safe_dump(spec))
+    done = run_tenure(tmp_path, "check", "spec.yaml")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert shown in done.stdout
 
 
 def test_a_preview_puts_what_carries_loss_in_brackets(tiny_model: Path) -> None:

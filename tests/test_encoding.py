@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,18 @@ from tiny import END, START, make_tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from training.encoding import Encoded, encode, encode_all, load_tokenizer, render_prompt, wants_chat
+from training.encoding import (
+    Encoded,
+    encode,
+    encode_all,
+    encode_passages,
+    encode_preferences,
+    load_tokenizer,
+    render_prompt,
+    wants_chat,
+)
 from training.errors import TenureError
-from training.rows import Conversation
+from training.rows import Conversation, Passage, Preference
 
 SINGLE = Conversation(({"role": "user", "content": "what is 3+4"}, {"role": "assistant", "content": "7"}), "f row 1")
 MULTI = Conversation(
@@ -170,6 +180,67 @@ def test_overlong_rows_are_refused_dropped_or_truncated_and_counted(tokenizer: P
 def test_rows_whose_answer_is_cut_away_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(TenureError, match=r"f row 1: no target token is left to learn \(2 rows like this\)"):
         encode_all(tokenizer, of_lengths(3, 4), chat=False, max_length=2, overlong="truncate")
+
+
+def test_the_first_token_is_no_target(tokenizer: PreTrainedTokenizerFast) -> None:
+    bare = Conversation(({"role": "user", "content": ""}, {"role": "assistant", "content": "7"}), "f row 1")
+    example = encode(tokenizer, bare, chat=False)
+    assert (len(example.ids), example.num_targets) == (2, 1)
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 9, 10, 16, 17, 40])
+@pytest.mark.parametrize("starts", [False, True])
+def test_a_text_is_cut_into_pieces_that_learn_every_token_once(
+    tokenizer: PreTrainedTokenizerFast, starting: PreTrainedTokenizerFast, length: int, starts: bool
+) -> None:
+    used = starting if starts else tokenizer
+    text = "".join(chr(ord("a") + index % 26) for index in range(length))
+    pieces, num_cut = encode_passages(used, [Passage(text, "f row 1")], max_length=9)
+    whole = [*([used.bos_token_id] if starts else []), *used(text, add_special_tokens=False)["input_ids"]]
+    whole.append(used.eos_token_id)
+    learned = [token for piece in pieces for token, wanted in zip(piece.ids, piece.is_target, strict=True) if wanted]
+    assert learned == whole[1:]
+    assert pieces[0].ids[0] == whole[0]
+    assert all(2 <= len(piece.ids) <= 9 and piece.num_targets == len(piece.ids) - 1 for piece in pieces)
+    assert all(after.ids[0] == before.ids[-1] for before, after in itertools.pairwise(pieces))
+    assert num_cut == (len(whole) > 9)
+
+
+def test_pieces_of_one_token_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(TenureError, match="f row 1: a piece of one token has nothing to learn"):
+        encode_passages(tokenizer, [Passage("ab", "f row 1")], max_length=1)
+
+
+def preference(chosen: str, rejected: str, place: int = 1) -> Preference:
+    prompt = {"role": "user", "content": "q\n"}
+    answers = ((prompt, {"role": "assistant", "content": answer}) for answer in (chosen, rejected))
+    return Preference(*(Conversation(turns, f"f row {place}") for turns in answers))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_pair_is_its_two_conversations(tokenizer: PreTrainedTokenizerFast, chat: bool) -> None:
+    pair = preference("yes", "no")
+    chosen, rejected, longer = encode_preferences(tokenizer, [pair], chat, 64, "refuse")
+    assert chosen == [encode(tokenizer, pair.chosen, chat)]
+    assert rejected == [encode(tokenizer, pair.rejected, chat)]
+    assert (longer, chosen[0].num_targets, rejected[0].num_targets) == (0, 4, 3)
+
+
+def test_a_pair_is_overlong_when_either_answer_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = [preference("xx", "y" * 9, 1), preference("xx", "yy", 2), preference("x" * 20, "y", 3)]
+    with pytest.raises(TenureError) as caught:
+        encode_preferences(tokenizer, pairs, False, 10, "refuse")
+    assert caught.value.problems[0].what == "2 rows are longer than max_length 10 (the longest has 23 tokens)"
+    chosen, rejected, longer = encode_preferences(tokenizer, pairs, False, 10, "drop")
+    assert (len(chosen), len(rejected), longer) == (1, 1, 2)
+    chosen, rejected, longer = encode_preferences(tokenizer, pairs, False, 10, "truncate")
+    assert ([len(row.ids) for row in chosen], [len(row.ids) for row in rejected], longer) == ([5, 5, 10], [10, 5, 4], 2)
+    assert [row.num_targets for row in chosen] == [3, 3, 8], "the ends of the answers are cut"
+
+
+def test_a_pair_that_differs_only_where_it_was_cut_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(TenureError, match="f row 1: the chosen and the rejected answer are the same tokens"):
+        encode_preferences(tokenizer, [preference("x" * 9 + "a", "x" * 9 + "b")], False, 10, "truncate")
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(tmp_path: Path) -> None:

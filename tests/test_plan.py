@@ -15,7 +15,7 @@ from training.models import ModelInfo, read_model_info
 from training.plan import GIB, DataCounts, Plan, count_trainable, make_plan
 from training.spec import RunSpec
 from training.specfile import load_spec
-from training.strategy import Full, Lora
+from training.strategy import Distill, Dpo, Full, Lora, Sft
 from training.tuning import apply_tuning, load_base
 
 COUNTS = DataCounts(num_examples=50, num_tokens=2000, num_target_tokens=300, longest=60, num_overlong=2)
@@ -144,3 +144,37 @@ def test_disk_holds_checkpoints_and_artifact(tmp_path: Path) -> None:
     count = LARGE.num_parameters
     full = plan_of(tmp_path, tuning={"type": "full"}, training={"keep_checkpoints": 1})
     assert full.disk_bytes == 2 * 16 * count + 4 * count
+
+
+def test_a_teacher_beside_takes_its_weights_and_a_cached_one_disk(tmp_path: Path) -> None:
+    counts = replace(COUNTS, num_target_tokens=10**6)
+    teacher = replace(LARGE, num_parameters=3 * 10**9)
+
+    def planned(**objective: Any) -> Plan:
+        distill = Distill(teacher="teacher", **objective)
+        spec = spec_of(tmp_path, training={"precision": "bf16", "micro_batch_size": 1})
+        return make_plan(spec.model_copy(update={"objective": distill}), LARGE, counts, None, teacher)
+
+    online, cached = planned(), planned(top_k=32)
+    assert online.memory_per_worker_bytes - cached.memory_per_worker_bytes == pytest.approx(6 * 10**9, rel=0.01)
+    assert cached.disk_bytes - online.disk_bytes == 10**6 * (8 + 8 * 32)
+    need = online.memory_per_worker_bytes
+    spec = spec_of(tmp_path, training={"precision": "bf16", "micro_batch_size": 1})
+    spec = spec.model_copy(update={"objective": Distill(teacher="teacher")})
+    with pytest.raises(TenureError) as caught:
+        make_plan(spec, LARGE, counts, need - 1, teacher)
+    assert "objective.top_k, which caches the teacher" in caught.value.problems[0].instead
+
+
+def test_rows_longer_than_the_teachers_positions_are_refused(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path).model_copy(update={"objective": Distill(teacher="teacher")})
+    with pytest.raises(TenureError, match="up to 60 tokens, but the teacher has 59 positions"):
+        make_plan(spec, LARGE, COUNTS, None, replace(LARGE, max_positions=59))
+
+
+def test_a_pair_is_two_rows_of_memory(tmp_path: Path) -> None:
+    def needs(micro: int, objective: Sft | Dpo) -> int:
+        spec = spec_of(tmp_path, tuning={"type": "full"}, training={"micro_batch_size": micro})
+        return make_plan(spec.model_copy(update={"objective": objective}), LARGE, COUNTS, None).memory_per_worker_bytes
+
+    assert needs(2, Dpo()) == needs(4, Sft())

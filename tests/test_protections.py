@@ -21,7 +21,7 @@ from cluster.pipeline import plan_run
 from training.batches import Schedule
 from training.checkpoint import _open_shards, latest_checkpoint
 from training.faults import output_to
-from training.fisher import FisherJob, _compute, diagonal_fisher, pick_examples
+from training.fisher import FisherJob, _compute, pick_examples
 from training.importance import TENSORS_FILE, read_info, write_importance
 from training.layout import Layout
 from training.models import hash_folder
@@ -29,6 +29,7 @@ from training.prepare import load_prepared
 from training.product import ProductPull
 from training.protections import PathIntegral, QuadraticPull
 from training.spec import RunSpec
+from training.squares import diagonal_fisher
 from training.strategy import Ewc, L2sp, Lora, Si
 from training.tuning import apply_tuning, load_base
 from training.worker import Job, Trainer, seed_everything
@@ -38,7 +39,7 @@ Weights = dict[str, torch.Tensor]
 XI = 1e-3
 PULLS: dict[str, tuple[str, dict[str, Any]]] = {
     "l2sp coupled": ("full", {"type": "l2sp", "strength": 0.3, "update": "coupled"}),
-    "l2sp proximal": ("full", {"type": "l2sp", "strength": 3.0}),
+    "l2sp proximal": ("full", {"type": "l2sp", "strength": 30.0}),
     "ewc coupled": ("full", {"type": "ewc", "strength": 0.3, "update": "coupled"}),
     "ewc proximal": ("full", {"type": "ewc", "strength": 30.0}),
     "si coupled": ("full", {"type": "si", "strength": 0.1, "update": "coupled", "normalise": "none", "xi": XI}),

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from tiny_spec import write_rows
 
 from training.errors import TenureError
-from training.rows import MAX_PROBLEMS, read_conversations, read_items, read_rows
+from training.rows import (
+    MAX_PROBLEMS,
+    read_conversations,
+    read_items,
+    read_passages,
+    read_preferences,
+    read_rows,
+)
 from training.section import Source
 from training.spec import Accuracy, CrossEntropy, ExactMatch
 
@@ -183,6 +190,45 @@ def test_messages_are_kept_as_they_are(tmp_path: Path) -> None:
 )
 def test_messages_that_are_none_are_named(tmp_path: Path, row: dict[str, Any], what: str) -> None:
     assert one_fault(tmp_path, row, messages="turns") == what
+
+
+PAIR = {"prompt": "q", "chosen": "{{ a }}!", "rejected": "b", "system": "You know {{ q }}."}
+
+
+def test_a_pair_is_two_conversations_that_differ_in_the_answer(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"q": "1+1", "a": "2", "b": "3"}])
+    (pair,) = read_preferences(source(path, **PAIR))
+    assert pair.chosen.messages[:2] == pair.rejected.messages[:2]
+    assert [turn["content"] for turn in pair.chosen.messages] == ["You know 1+1.", "1+1", "2!"]
+    assert pair.rejected.messages[2] == {"role": "assistant", "content": "3"}
+    assert pair.chosen.where == pair.rejected.where == f"{path} row 1"
+
+
+def test_every_pair_without_two_answers_is_named(tmp_path: Path) -> None:
+    rows = [
+        {"q": "1+1", "a": "2"},
+        {"q": "1+1", "a": "2", "b": " "},
+        {"q": "1+1", "a": "2", "b": "2!"},
+        {"q": "1+1", "a": "2", "b": "3"},
+        {"q": "1+1", "a": "2", "b": 3},
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(TenureError) as caught:
+        read_preferences(source(path, **PAIR))
+    assert [(problem.where.removeprefix(f"{path} "), problem.what) for problem in caught.value.problems] == [
+        ("row 1", "there is no column 'b'"),
+        ("row 2", "'b' is empty: there is no target token to learn or score"),
+        ("row 3", "the chosen and the rejected answer are the same: the pair teaches nothing"),
+        ("row 5", "'b' is int, not text"),
+    ]
+
+
+def test_texts_are_read_by_column_or_template(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"t": "a b", "u": "c"}])
+    (plain,), (filled,) = (read_passages(source(path, text=text)) for text in ("t", "{{ t }} {{ u }}"))
+    assert (plain.text, filled.text, plain.where) == ("a b", "a b c", f"{path} row 1")
+    with pytest.raises(TenureError, match="'t' is empty"):
+        read_passages(source(write_rows(path, [{"t": ""}]), text="t"))
 
 
 def accuracy(folder: Path, row: dict[str, Any], **fields: Any) -> Any:

@@ -286,3 +286,40 @@ print([m for m in ("torch", "ray", "transformers", "deepspeed", "peft", "dataset
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["kl", "flow", "stm"])
+def test_dpo_goes_with_nothing_that_rests_on_tokens(folder: Path, kind: str) -> None:
+    pairs = changed("      completion: answer\n", "      chosen: answer\n      rejected: question\n")
+    text = pairs + f"objective: {{type: dpo}}\nprotections: [{{type: {kind}}}]\n"
+    ((where, what, instead),) = faults(folder, text)
+    assert where == "20: protections[0]"
+    assert "dpo" in what
+    assert instead == f"remove {kind}, or use objective: {{type: sft}}"
+
+
+@pytest.mark.parametrize(
+    ("objective", "row", "wanted"),
+    [
+        ("sft", {"text": "text"}, "completion or messages"),
+        ("lm", {"prompt": "question", "completion": "answer"}, "text"),
+        ("dpo", {"text": "text"}, "preference"),
+        ("{type: distill, teacher: some/model}", {"text": "text"}, "completion or messages"),
+    ],
+)
+def test_an_objective_names_the_forms_that_it_learns_from(
+    folder: Path, objective: str, row: dict[str, str], wanted: str
+) -> None:
+    columns = "".join(f"      {key}: {column}\n" for key, column in row.items())
+    text = changed("      prompt: question\n      completion: answer\n", columns)
+    given = objective if objective.startswith("{") else f"{{type: {objective}}}"
+    ((where, what, instead),) = faults(folder, text + f"objective: {given}\n")
+    assert where.endswith(": data.train[0]")
+    assert "cannot learn from rows of the form" in what
+    assert instead == f"give {wanted}, or another objective"
+
+
+def test_settings_of_objectives_out_of_range_are_refused(folder: Path) -> None:
+    text = VALID + "objective: {type: distill, teacher: a/b, divergence: kl, weight: 1.5, temperature: 0, top_k: 0}\n"
+    keys = [where.split(": ")[1] for where, _, _ in faults(folder, text)]
+    assert sorted(keys) == [f"objective.{key}" for key in ("divergence", "temperature", "top_k", "weight")]

@@ -21,17 +21,28 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Schedule:
-    """The order of examples over a run: `epochs` permutations cut into global batches, the last one short."""
+    """The order of examples over a run: `epochs` permutations cut into global batches, the last one short.
+
+    With replay, every global batch holds `replay_per_batch` replay rows beside its training rows. Those rows come
+    from passes over all `num_replay` of them, each pass a permutation by its own number, whatever the epoch.
+    """
 
     num_examples: int
     global_batch_size: int
     epochs: int
     seed: int
     max_steps: int | None = None
+    num_replay: int = 0
+    replay_per_batch: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_examples / self.global_batch_size)
+        """Steps that one pass over the training rows takes."""
+        return math.ceil(self.num_examples / self._train_per_batch)
+
+    @property
+    def _train_per_batch(self) -> int:
+        return self.global_batch_size - self.replay_per_batch
 
     @property
     def num_steps(self) -> int:
@@ -39,17 +50,24 @@ class Schedule:
         return min(steps, self.max_steps) if self.max_steps else steps
 
     def batch(self, step: int) -> list[int]:
-        """Indices of the examples in global batch `step` (from 0)."""
+        """Indices of the examples in global batch `step` (from 0); replay row i is example num_examples + i."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self.global_batch_size
-        return list(_order(self.num_examples, self.seed, epoch)[start : start + self.global_batch_size])
+        start = position * self._train_per_batch
+        train = _order(self.num_examples, f"{self.seed}/{epoch}")[start : start + self._train_per_batch]
+        return [*train, *self._replayed(step)]
+
+    def _replayed(self, step: int) -> list[int]:
+        """The batch's stretch of the endless row of passes over the replay rows."""
+        start = step * self.replay_per_batch
+        places = (divmod(place, self.num_replay) for place in range(start, start + self.replay_per_batch))
+        return [self.num_examples + _order(self.num_replay, f"{self.seed}/replay/{n}")[at] for n, at in places]
 
 
-@lru_cache(maxsize=2)
-def _order(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """An epoch's permutation; kept, since every step of the epoch asks for it."""
-    order = list(range(num_examples))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
+@lru_cache(maxsize=4)
+def _order(count: int, name: str) -> tuple[int, ...]:
+    """The permutation of that name; kept, since every step of an epoch or pass asks for it."""
+    order = list(range(count))
+    random.Random(name).shuffle(order)
     return tuple(order)
 
 

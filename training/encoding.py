@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from training.errors import Problem, TenureError, fail
-from training.rows import Conversation, Messages
+from training.rows import Conversation, Messages, Passage, Preference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example and, for each, whether it carries loss."""
+    """Token ids of one example and, for each, whether it carries loss.
+
+    The first token is never learned, whatever is_target says: nothing stands before it.
+    """
 
     ids: tuple[int, ...]
     is_target: tuple[bool, ...]
 
     @property
     def num_targets(self) -> int:
-        return sum(self.is_target)
+        return sum(self.is_target[1:])
 
 
 @dataclass(frozen=True)
@@ -179,21 +182,89 @@ def encode_all(
     Raises:
         TenureError: rows are longer and overlong is "refuse", or a row has no target token.
     """
-    encoded = [encode(tokenizer, conversation, chat) for conversation in conversations]
-    longer = [i for i, example in enumerate(encoded) if len(example.ids) > max_length]
-    if longer and overlong == "refuse":
-        longest = max(len(encoded[i].ids) for i in longer)
-        what = f"{len(longer)} rows are longer than max_length {max_length} (the longest has {longest} tokens)"
-        instead = f"set training.max_length: {longest}, or data.overlong: drop (or truncate)"
-        raise TenureError(Problem(what, conversations[longer[0]].where, instead))
-    if overlong == "drop":
-        drop = set(longer)
-        kept = [(c, e) for i, (c, e) in enumerate(zip(conversations, encoded, strict=True)) if i not in drop]
-    else:
-        cut = [Encoded(e.ids[:max_length], e.is_target[:max_length]) for e in encoded]
-        kept = list(zip(conversations, cut, strict=True))
-    empty = [c.where for c, e in kept if not e.num_targets]
+    encoded = [(encode(tokenizer, conversation, chat),) for conversation in conversations]
+    kept, num_longer = _fit(encoded, [conversation.where for conversation in conversations], max_length, overlong)
+    return [example for (example,), _ in kept], num_longer
+
+
+def encode_preferences(
+    tokenizer: PreTrainedTokenizerBase,
+    preferences: Sequence[Preference],
+    chat: bool,
+    max_length: int,
+    overlong: str,
+) -> tuple[list[Encoded], list[Encoded], int]:
+    """The chosen and the rejected answers with their prompts, pair by pair, and how many pairs were overlong.
+
+    A pair is overlong when either row is; truncation cuts the ends of the answers.
+
+    Raises:
+        TenureError: as encode_all(), or nothing is left by which the answers of a pair differ.
+    """
+    encoded = [(encode(tokenizer, pair.chosen, chat), encode(tokenizer, pair.rejected, chat)) for pair in preferences]
+    kept, num_longer = _fit(encoded, [pair.chosen.where for pair in preferences], max_length, overlong)
+    alike = [where for (chosen, rejected), where in kept if chosen == rejected]
+    if alike:
+        what = "the chosen and the rejected answer are the same tokens: the pair teaches nothing" + _and_more(alike)
+        raise TenureError(Problem(what, alike[0], "remove the row, or raise training.max_length"))
+    return [pair[0] for pair, _ in kept], [pair[1] for pair, _ in kept], num_longer
+
+
+def encode_passages(
+    tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage], max_length: int
+) -> tuple[list[Encoded], int]:
+    """All texts as pieces of at most max_length tokens, and how many texts were cut.
+
+    Every token of a text but its first is learned once, the end token among them: a piece starts with the last token
+    of the one before it, which is read there and was learned in that one.
+
+    Raises:
+        TenureError: max_length leaves nothing to learn.
+    """
+    if max_length < 2:
+        what = "a piece of one token has nothing to learn"
+        raise fail(what, passages[0].where, "set training.max_length: 2 or more")
+    cut = [_pieces(tokenizer, passage.text, max_length) for passage in passages]
+    empty = [passage.where for passage, pieces in zip(passages, cut, strict=True) if not pieces]
     if empty:
-        what = "no target token is left to learn" + (f" ({len(empty)} rows like this)" if len(empty) > 1 else "")
+        raise TenureError(Problem("the text has no tokens" + _and_more(empty), empty[0], "remove the row"))
+    return [piece for pieces in cut for piece in pieces], sum(len(pieces) > 1 for pieces in cut)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list[Encoded]:
+    assert tokenizer.eos_token_id is not None
+    ids = (*prompt_ids(tokenizer, text), int(tokenizer.eos_token_id))
+    starts = range(0, len(ids) - 1, max_length - 1)
+    pieces = [ids[start : start + max_length] for start in starts]
+    return [Encoded(piece, (False,) + (True,) * (len(piece) - 1)) for piece in pieces]
+
+
+def _fit(
+    groups: Sequence[tuple[Encoded, ...]], places: Sequence[str], max_length: int, overlong: str
+) -> tuple[list[tuple[tuple[Encoded, ...], str]], int]:
+    """The groups of rows that stand or fall together, each with its place, and how many were overlong."""
+    longest = [max(len(row.ids) for row in group) for group in groups]
+    longer = [i for i, length in enumerate(longest) if length > max_length]
+    if longer and overlong == "refuse":
+        most = max(longest)
+        what = f"{len(longer)} rows are longer than max_length {max_length} (the longest has {most} tokens)"
+        instead = f"set training.max_length: {most}, or data.overlong: drop (or truncate)"
+        raise TenureError(Problem(what, places[longer[0]], instead))
+    pairs = list(zip(groups, places, strict=True))
+    if overlong == "drop":
+        kept = [pair for pair, length in zip(pairs, longest, strict=True) if length <= max_length]
+    else:
+        kept = [(tuple(_cut(row, max_length) for row in group), where) for group, where in pairs]
+    empty = [where for group, where in kept if not all(row.num_targets for row in group)]
+    if empty:
+        what = "no target token is left to learn" + _and_more(empty)
         raise TenureError(Problem(what, empty[0], "fill the completion, or raise training.max_length"))
-    return [example for _, example in kept], len(longer)
+    return kept, len(longer)
+
+
+def _cut(example: Encoded, max_length: int) -> Encoded:
+    return Encoded(example.ids[:max_length], example.is_target[:max_length])
+
+
+def _and_more(places: Sequence[str]) -> str:
+    return f" ({len(places)} rows like this)" if len(places) > 1 else ""

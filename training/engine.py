@@ -82,6 +82,7 @@ def start_counting_engine(
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": rounds,
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": min(_BUCKET_ELEMENTS, max(1, count))},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": half},

@@ -11,13 +11,17 @@ from training.models import ModelInfo
 from training.spec import RunSpec
 from training.strategy import (
     AnyTuning,
+    Distill,
     Ewc,
     Full,
+    Kl,
     L2sp,
     Lora,
+    Replay,
     Si,
     is_adapter,
     merges_by_itself,
+    moves_base,
     records_path,
     tuning_refusal,
 )
@@ -51,41 +55,62 @@ class Plan:
     num_tokens_per_epoch: int
     num_target_tokens_per_epoch: int
     num_overlong: int
+    num_replay: int
+    replay_per_batch: int
+    replay_token_share: float | None
     memory_per_worker_bytes: int
     disk_bytes: int
 
 
 @dataclass(frozen=True)
 class DataCounts:
-    """What the encoded training set holds."""
+    """What the encoded training set holds, and the replay rows beside it (none yet, when the base will write them).
+
+    `longest` is over all rows, those to be written included.
+    """
 
     num_examples: int
     num_tokens: int
     num_target_tokens: int
     longest: int
     num_overlong: int
+    num_replay: int = 0
+    num_replay_target_tokens: int = 0
 
 
-def make_plan(spec: RunSpec, info: ModelInfo, counts: DataCounts, memory_limit_bytes: int | None) -> Plan:
+def make_plan(
+    spec: RunSpec,
+    info: ModelInfo,
+    counts: DataCounts,
+    memory_limit_bytes: int | None,
+    teacher: ModelInfo | None = None,
+) -> Plan:
     """The plan of a run.
 
     Args:
         memory_limit_bytes: what one worker may take, or None where that is not known.
+        teacher: the model that is distilled from, if any.
 
     Raises:
-        TenureError: the run cannot fit into the memory of a worker, or max_length exceeds the model's positions.
+        TenureError: the run cannot fit into the memory of a worker, or rows are longer than a model's positions.
     """
     training, scaling = spec.training, spec.scaling
-    if info.max_positions and counts.longest > info.max_positions:
-        what = f"examples have up to {counts.longest} tokens, but the model has {info.max_positions} positions"
-        raise TenureError(Problem(what, "data", f"set training.max_length: {info.max_positions} and data.overlong"))
+    for model, name in ((info, "model"), (teacher, "teacher")):
+        if model and model.max_positions and counts.longest > model.max_positions:
+            what = f"examples have up to {counts.longest} tokens, but the {name} has {model.max_positions} positions"
+            instead = f"set training.max_length: {model.max_positions} and data.overlong"
+            raise TenureError(Problem(what, "data", instead))
     micro = _micro_batch_size(spec)
+    rows = micro * (2 if spec.objective.type == "dpo" else 1)
     trainable = count_trainable(spec.tuning, info)
-    stage = _zero_stage(spec, info, trainable, micro, counts.longest, memory_limit_bytes)
-    memory = estimate_memory(spec, info, trainable, stage, micro, counts.longest)
+    beside = frozen_memory(spec, info, teacher, rows, counts.longest)
+    left = None if memory_limit_bytes is None else memory_limit_bytes - beside
+    stage = _zero_stage(spec, info, trainable, rows, counts.longest, left)
+    memory = estimate_memory(spec, info, trainable, stage, rows, counts.longest) + beside
     if memory_limit_bytes is not None and memory > memory_limit_bytes:
         raise TenureError(_does_not_fit(spec, memory, memory_limit_bytes, stage, micro))
-    steps_per_epoch = math.ceil(counts.num_examples / training.global_batch_size)
+    replay_per_batch = count_replayed(spec)
+    steps_per_epoch = math.ceil(counts.num_examples / (training.global_batch_size - replay_per_batch))
     steps = steps_per_epoch * training.epochs
     steps = min(steps, training.max_steps) if training.max_steps else steps
     return Plan(
@@ -105,9 +130,42 @@ def make_plan(spec: RunSpec, info: ModelInfo, counts: DataCounts, memory_limit_b
         num_tokens_per_epoch=counts.num_tokens,
         num_target_tokens_per_epoch=counts.num_target_tokens,
         num_overlong=counts.num_overlong,
+        num_replay=_count_replay(spec, counts),
+        replay_per_batch=replay_per_batch,
+        replay_token_share=_replay_token_share(counts, steps_per_epoch, replay_per_batch),
         memory_per_worker_bytes=memory,
-        disk_bytes=estimate_disk(spec, info, trainable),
+        disk_bytes=estimate_disk(spec, info, trainable) + estimate_signals(spec, counts),
     )
+
+
+def count_replayed(spec: RunSpec) -> int:
+    """Replay rows in every global batch: the share asked for, rounded, but at least one and never all."""
+    replay, size = spec.protection(Replay), spec.training.global_batch_size
+    return min(max(1, round(replay.share * size)), size - 1) if replay else 0
+
+
+def describe_replay(plan: Plan, asked: float) -> str:
+    """What a run replays, in words: rows a batch, their planned share, and where that is not the one asked for."""
+    size, rows = plan.global_batch_size, plan.replay_per_batch
+    text = f"{rows} of {size} rows a batch ({rows / size:.1%}; {asked:.1%} asked for"
+    text += f", which rounds to {round(asked * size)} rows)" if round(asked * size) in (0, size) else ")"
+    if plan.replay_token_share is not None:
+        text += f", about {plan.replay_token_share:.1%} of the target tokens"
+    return f"{text}, from {plan.num_replay:,} rows"
+
+
+def _count_replay(spec: RunSpec, counts: DataCounts) -> int:
+    """How many rows there are to replay, or how many the base is to write."""
+    replay = spec.protection(Replay)
+    return replay.generate.examples if replay and replay.generate else counts.num_replay
+
+
+def _replay_token_share(counts: DataCounts, steps_per_epoch: int, replay_per_batch: int) -> float | None:
+    """The expected share of target tokens that are replayed; None where the base has yet to write them."""
+    if not counts.num_replay:
+        return None
+    replayed = steps_per_epoch * replay_per_batch * counts.num_replay_target_tokens / counts.num_replay
+    return replayed / (replayed + counts.num_target_tokens)
 
 
 def count_trainable(tuning: AnyTuning, info: ModelInfo) -> int:
@@ -186,6 +244,26 @@ def protection_bytes(spec: RunSpec, info: ModelInfo, trainable: int) -> int:
     return total
 
 
+def frozen_memory(spec: RunSpec, info: ModelInfo, teacher: ModelInfo | None, rows: int, longest: int) -> int:
+    """Bytes for what a step compares with: a teacher that runs beside, and a second set of logits."""
+    width = 2 if spec.training.precision == "bf16" else 4
+    online = teacher if isinstance(spec.objective, Distill) and spec.objective.top_k is None else None
+    reads_base = spec.objective.type == "dpo" or any(isinstance(protection, Kl) for protection in spec.protections)
+    compares = online is not None or (reads_base and not moves_base(spec.tuning))
+    logits = 4 * rows * longest * info.vocab_size if compares else 0
+    return (online.num_parameters * width if online else 0) + logits
+
+
+def estimate_signals(spec: RunSpec, counts: DataCounts) -> int:
+    """Bytes on disk of what frozen models say about training and replay rows: for a target k ids and k + 1 numbers."""
+    kept = [p.top_k for p in spec.protections if isinstance(p, Kl)] if moves_base(spec.tuning) else []
+    kept += [spec.objective.top_k] if isinstance(spec.objective, Distill) and spec.objective.top_k else []
+    replay = spec.protection(Replay)
+    to_write = replay.generate.examples * counts.longest if replay and replay.generate else 0
+    targets = counts.num_target_tokens + counts.num_replay_target_tokens + to_write
+    return targets * sum(8 + 8 * k for k in kept)
+
+
 def estimate_disk(spec: RunSpec, info: ModelInfo, trainable: int) -> int:
     """Bytes that checkpoints (one more than are kept) and the artifact take."""
     checkpoint = trainable * 4 * (2 + _ADAM_STATES)
@@ -225,6 +303,7 @@ def _does_not_fit(spec: RunSpec, memory: int, limit: int, stage: int, micro: int
     what = f"a worker needs about {memory / GIB:.1f} GiB and may take {limit / GIB:.1f} GiB"
     ways = [f"training.micro_batch_size below {micro}"] if micro > 1 else []
     ways += [f"scaling.zero_stage above {stage}"] if stage < 3 and spec.scaling.workers > 1 else []
+    ways += ["objective.top_k, which caches the teacher"] if spec.objective.type == "distill" else []
     ways += [] if is_adapter(spec.tuning) else ["tuning.type: lora"]
     ways += ["a smaller training.max_length", "more workers on more machines"]
     return Problem(what, "scaling", f"try {', '.join(ways)}")

@@ -4,57 +4,103 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from training.encoding import Encoded, encode_all, load_tokenizer, wants_chat
+from training.encoding import (
+    Encoded,
+    encode_all,
+    encode_passages,
+    encode_preferences,
+    load_tokenizer,
+    wants_chat,
+)
 from training.errors import Problem, TenureError, fail
+from training.generate import longest_row, read_written
 from training.models import hash_file
 from training.plan import DataCounts
-from training.rows import read_conversations, read_items
+from training.rows import read_conversations, read_items, read_passages, read_preferences
+from training.section import Source
 from training.spec import RunSpec
+from training.strategy import Generate, Replay
 from training.suites import encode_item
 from training.workspace import Workspace, read_json, write_json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # Raised when the same files and settings come to give other token ids.
-_ENCODING_VERSION = 2
+_ENCODING_VERSION = 4
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Encoded training examples and validation items of every suite, and how many rows were overlong."""
+    """Encoded training examples, rows to replay, validation items of every suite, and how many rows were overlong.
+
+    Of preference data `train` holds the chosen answers, and `rejected` the others in the same order; else that is
+    empty. `longest_to_come` bounds the tokens of the replay rows that the base writes (0 when it writes none).
+    """
 
     train: tuple[Encoded, ...]
     validation: dict[str, tuple[Encoded, ...]]
     num_overlong: int
+    rejected: tuple[Encoded, ...] = ()
+    replay: tuple[Encoded, ...] = ()
+    longest_to_come: int = 0
+
+    @cached_property
+    def examples(self) -> tuple[Encoded, ...]:
+        """All that batches are made of: the training examples, then the rows to replay."""
+        return self.train + self.replay
+
+    @cached_property
+    def sequences(self) -> tuple[Encoded, ...]:
+        """Every row that a model reads in training: an example's index is its place here. Pairs are never replayed."""
+        return self.train + self.rejected + self.replay
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of every training example."""
-        return tuple(len(example.ids) for example in self.train)
+        """Tokens of every one of `examples`, of both answers for a pair."""
+        return tuple(sum(len(row.ids) for row in self.rows_of(index)) for index in range(len(self.examples)))
+
+    def rows_of(self, index: int) -> tuple[Encoded, ...]:
+        """The rows of an example: one, or the chosen and the rejected."""
+        return (self.train[index], self.rejected[index]) if self.rejected else (self.examples[index],)
+
+    def num_targets(self, index: int) -> int:
+        """Target tokens of an example, of both answers for a pair."""
+        return sum(row.num_targets for row in self.rows_of(index))
 
     def counts(self) -> DataCounts:
-        """How many examples and tokens there are, and how long the longest example is."""
+        """How many examples and tokens there are, and how long the longest row is."""
         return DataCounts(
             num_examples=len(self.train),
-            num_tokens=sum(self.lengths),
-            num_target_tokens=sum(example.num_targets for example in self.train),
-            longest=max(self.lengths),
+            num_tokens=sum(self.lengths[: len(self.train)]),
+            num_target_tokens=sum(self.num_targets(index) for index in range(len(self.train))),
+            longest=max(self.longest_to_come, *(len(row.ids) for row in self.sequences)),
             num_overlong=self.num_overlong,
+            num_replay=len(self.replay),
+            num_replay_target_tokens=sum(example.num_targets for example in self.replay),
         )
 
 
-def prepare(spec: RunSpec, workspace: Workspace) -> Path:
+def prepare(spec: RunSpec, workspace: Workspace, written: Path | None = None) -> Path:
     """The cached file with everything encoded; made when it is not there.
+
+    Args:
+        written: the rows that the base wrote to be replayed, where the spec asks for such and they are there.
 
     Raises:
         TenureError: with the faults of every file at once.
     """
-    key = _content_key(spec)
+    key = _content_key(spec, written)
     path = workspace.cache / "tokens" / f"{key}.json"
     if not path.is_file():
-        write_json(path, _to_json(_encode(spec)))
+        write_json(path, _to_json(_encode(spec, written)))
     return path
 
 
@@ -65,49 +111,119 @@ def load_prepared(path: Path) -> Prepared:
         train=tuple(_from_json(example) for example in raw["train"]),
         validation={name: tuple(_from_json(item) for item in items) for name, items in raw["validation"].items()},
         num_overlong=raw["num_overlong"],
+        rejected=tuple(_from_json(example) for example in raw["rejected"]),
+        replay=tuple(_from_json(example) for example in raw["replay"]),
+        longest_to_come=raw["longest_to_come"],
     )
 
 
-def _encode(spec: RunSpec) -> Prepared:
+def _encode(spec: RunSpec, written: Path | None) -> Prepared:
     tokenizer = load_tokenizer(Path(spec.model))
     problems: list[Problem] = []
-    train: list[Encoded] = []
+    train = _encode_sources(spec, spec.data.train, tokenizer, problems)
+    replayed = _encode_sources(spec, _replay_sources(spec), tokenizer, problems)
+    replay, to_write, longest_to_come = replayed.examples, _to_write(spec), 0
+    if to_write:
+        with _gathered(problems):
+            longest_to_come = longest_row(to_write, tokenizer, spec.training.max_length, spec.data.overlong)
     validation: dict[str, tuple[Encoded, ...]] = {}
-    num_overlong = 0
-    for source in spec.data.train:
-        try:
-            chat = wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
-            examples = read_conversations(source)
-            encoded, longer = encode_all(tokenizer, examples, chat, spec.training.max_length, spec.data.overlong)
-            train += encoded
-            num_overlong += longer
-        except TenureError as error:
-            problems += error.problems
     for suite in spec.suites.all:
-        try:
+        with _gathered(problems):
             items = read_items(suite)[: spec.training.validation_items]
             encoded_items = [encode_item(suite, item, tokenizer, spec.training.max_length) for item in items]
             if encoded_items:
                 validation[suite.name] = tuple(encoded_items)
-        except TenureError as error:
-            problems += error.problems
     if problems:
         raise TenureError(dict.fromkeys(problems))
-    if not train:
+    if written:
+        replay = read_written(written, tokenizer, longest_to_come)
+    if not train.examples:
         raise fail("no example is left to train on", "data", "raise training.max_length, or give shorter rows")
-    return Prepared(tuple(train), validation, num_overlong)
+    if _replay_sources(spec) and not replay:
+        raise fail("no row is left to replay", "protections", "raise training.max_length, or give shorter rows")
+    return Prepared(
+        train=tuple(train.examples),
+        validation=validation,
+        num_overlong=train.num_overlong + replayed.num_overlong,
+        rejected=tuple(train.rejected),
+        replay=tuple(replay),
+        longest_to_come=longest_to_come,
+    )
 
 
-def _content_key(spec: RunSpec) -> str:
+@dataclass(frozen=True)
+class EncodedSource:
+    """The examples of one source, and of preference data the rejected answers in the same order."""
+
+    examples: list[Encoded]
+    num_overlong: int
+    rejected: Sequence[Encoded] = ()
+
+
+def encode_source(tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int, overlong: str) -> EncodedSource:
+    """All rows of a source, whatever its form; of text, num_overlong counts those that were cut into pieces.
+
+    Raises:
+        TenureError: every row's fault at once.
+    """
+    if source.form == "text":
+        return EncodedSource(*encode_passages(tokenizer, read_passages(source), max_length))
+    chat = wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
+    if source.form == "preference":
+        pairs = read_preferences(source)
+        chosen, rejected, num_overlong = encode_preferences(tokenizer, pairs, chat, max_length, overlong)
+        return EncodedSource(chosen, num_overlong, rejected)
+    return EncodedSource(*encode_all(tokenizer, read_conversations(source), chat, max_length, overlong))
+
+
+@contextmanager
+def _gathered(problems: list[Problem]) -> Iterator[None]:
+    """Keep the faults of one file, so that those of the others are found too."""
+    try:
+        yield
+    except TenureError as error:
+        problems += error.problems
+
+
+def _replay_sources(spec: RunSpec) -> tuple[Source, ...]:
+    replay = spec.protection(Replay)
+    return replay.data if replay else ()
+
+
+def _to_write(spec: RunSpec) -> Generate | None:
+    replay = spec.protection(Replay)
+    return replay.generate if replay else None
+
+
+def _encode_sources(
+    spec: RunSpec, sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> EncodedSource:
+    """The rows of all sources as of one; faults go to `problems`."""
+    encoded: list[EncodedSource] = []
+    for source in sources:
+        with _gathered(problems):
+            encoded.append(encode_source(tokenizer, source, spec.training.max_length, spec.data.overlong))
+    return EncodedSource(
+        examples=[row for one in encoded for row in one.examples],
+        num_overlong=sum(one.num_overlong for one in encoded),
+        rejected=[row for one in encoded for row in one.rejected],
+    )
+
+
+def _content_key(spec: RunSpec, written: Path | None) -> str:
     """A hash of all that decides the token ids: files, columns, tokenizer and template, lengths."""
     model = Path(spec.model)
     deciding = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model", "vocab.json")
     files = [model / name for name in deciding if (model / name).is_file()]
     files += [source.path for source in (*spec.data.train, *spec.suites.all)]
+    replay = spec.protection(Replay)
+    files += replay.files if replay else ()
+    files += [written] if written else []
     parts = {
         "encoding": _ENCODING_VERSION,
         "files": [hash_file(file) for file in files],
         "data": spec.data.model_dump(mode="json"),
+        "replay": replay.model_dump(mode="json", exclude={"share"}) if replay else None,
         "suites": spec.suites.model_dump(mode="json"),
         "max_length": spec.training.max_length,
         "validation_items": spec.training.validation_items,
@@ -121,8 +237,11 @@ def _to_json(prepared: Prepared) -> dict[str, object]:
 
     return {
         "train": [pack(example) for example in prepared.train],
+        "rejected": [pack(example) for example in prepared.rejected],
         "validation": {name: [pack(item) for item in items] for name, items in prepared.validation.items()},
         "num_overlong": prepared.num_overlong,
+        "replay": [pack(example) for example in prepared.replay],
+        "longest_to_come": prepared.longest_to_come,
     }
 
 

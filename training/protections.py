@@ -44,9 +44,15 @@ class QuadraticPull:
         dtype = weights[0].dtype if weights else torch.float32
         self._anchors = layout.copy(dtype)
         if update == "coupled":
-            optimizer.register_step_pre_hook(self._add_gradient)
+            self._handle = optimizer.register_step_pre_hook(self._add_gradient)
         else:
-            optimizer.register_step_post_hook(self._pull_back)
+            self._handle = optimizer.register_step_post_hook(self._pull_back)
+            # It is part of the step, so whoever watches what the step did to the weights comes after it.
+            optimizer._optimizer_step_post_hooks.move_to_end(self._handle.id, last=False)
+
+    def detach(self) -> None:
+        """Pull no more; the optimizer keeps its state."""
+        self._handle.remove()
 
     @torch.no_grad()
     def _add_gradient(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -99,8 +105,12 @@ class PathIntegral:
         self.omega = layout.zeros()
         self._start = layout.copy()
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        optimizer.register_step_pre_hook(self._note)
-        optimizer.register_step_post_hook(self._add)
+        self._handles = optimizer.register_step_pre_hook(self._note), optimizer.register_step_post_hook(self._add)
+
+    def detach(self) -> None:
+        """Record no more; what was recorded stays."""
+        for handle in self._handles:
+            handle.remove()
 
     @torch.no_grad()
     def _note(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

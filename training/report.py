@@ -16,9 +16,10 @@ from training.errors import Problem, TenureError
 from training.report_format import Example
 from training.report_html import render_html
 from training.scorecard import Scorecard, SuiteScore, read_scorecard
+from training.wise import WiseCurve
 from training.workspace import RunFolder
 
-__all__ = ["print_comparison", "print_scorecard", "render_html", "write_report"]
+__all__ = ["print_comparison", "print_scorecard", "print_wise", "render_html", "write_report"]
 
 _MAX_ANSWER_CHARACTERS = 300
 
@@ -46,6 +47,21 @@ def print_comparison(console: Console, a: Scorecard, b: Scorecard) -> None:
     console.print(Text("Each change is against the run's own base. pts: percentage points.", "dim"))
     if a.base_hash != b.base_hash:
         console.print(_plain(f"The bases differ: a tuned {a.base_model}, b tuned {b.base_model}.", "bold"))
+
+
+def print_wise(console: Console, curve: WiseCurve) -> None:
+    """Print what every alpha between base (0) and tuned (1) gains and forgets."""
+    console.print(_plain(f"base and tuned of run {curve.run}, interpolated", "bold"))
+    table = _table("alpha>", *(f"{suite.name}>\n{suite.role}" for suite in curve.points[0].suites), "contract")
+    for point in curve.points:
+        kept = point.contract.verdict == "kept"
+        style = "cyan" if kept else "bold yellow"
+        cells = [_stacked(text.change_text(suite, suite.change), text.interval_text(suite)) for suite in point.suites]
+        table.add_row(f"{point.alpha:g}", *cells, _plain(text.kept_text(kept), style))
+    console.print(Padding(table, (1, 0)))
+    console.print(Text("Changes against the base; a positive one is better. pts: percentage points.", "dim"))
+    for line in text.wise_lines(curve):
+        console.print(line)
 
 
 def write_report(run: RunFolder) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.scorecard import Item, Scorecard, SuiteScore
+from training.wise import WiseCurve
 
 MAX_TEXT_CHARACTERS = 2000
 _METRICS = {"exact_match": "exact match", "cross_entropy": "cross-entropy"}
@@ -74,6 +75,16 @@ def reasons_of(scorecard: Scorecard) -> tuple[str, ...]:
     if any(suite.role == "retention" for suite in scorecard.suites):
         return (gained, "No retention suite lost more than the contract allows.")
     return (gained, "There is no retention suite, so nothing is said about forgetting.")
+
+
+def wise_lines(curve: WiseCurve) -> tuple[str, ...]:
+    """Which alpha to take, one sentence each."""
+    best = "No alpha tried keeps the contract."
+    if curve.best is not None:
+        best = f"Of those that keep the contract, alpha {curve.best:g} gains most."
+    if curve.knee is None:
+        return (best, "There is no knee: no alpha between the ends keeps more of the gain than it loses.")
+    return (best, f"The knee is at alpha {curve.knee:g}: the largest share of the gain less the share of the loss.")
 
 
 def item_score_text(suite: SuiteScore, score: float) -> str:

@@ -15,6 +15,7 @@ from training.errors import fail
 from training.report_metrics import Metrics, cost_rows, read_metrics
 from training.report_plots import COLOURS, Line, draw_changes, draw_curves, points_per_mean
 from training.scorecard import Item, Scorecard, SuiteScore
+from training.wise import WiseCurve, read_curve
 from training.workspace import RunFolder, read_json
 
 MAX_ITEMS_PER_SUITE = 200
@@ -63,12 +64,13 @@ class Table:
 def render_html(run: RunFolder, scorecard: Scorecard) -> str:
     """The report as one HTML document, from the scorecard and what lies in the run's folder.
 
-    metrics.jsonl, plan.json and lineage.json may be missing: then their sections are left out.
+    metrics.jsonl, wise.json, plan.json and lineage.json may be missing: then their sections are left out.
 
     Raises:
         TenureError: plan.json or lineage.json does not hold a JSON object.
     """
     metrics = read_metrics(run.metrics)
+    wise = read_curve(run.wise_curve)
     return (
         _environment()
         .get_template("report.html.j2")
@@ -80,6 +82,8 @@ def render_html(run: RunFolder, scorecard: Scorecard) -> str:
             examples=text.pick_examples(scorecard),
             answers=[_answers(suite) for suite in scorecard.suites if suite.items],
             charts=_charts(metrics) if metrics else [],
+            wise_charts=_wise_charts(wise) if wise else [],
+            wise_lines=text.wise_lines(wise) if wise else (),
             num_unreadable_lines=metrics.num_unreadable_lines if metrics else 0,
             cost=cost_rows(metrics, scorecard.seconds),
             details=[*_measurement(scorecard), *_plan(run.plan), *_lineage(run.lineage)],
@@ -127,6 +131,22 @@ def _charts(metrics: Metrics) -> list[Chart]:
         _step_chart(metrics, "grad_norm", "Gradient norm", "before clipping"),
     )
     return [chart for chart in charts if chart]
+
+
+def _wise_charts(curve: WiseCurve) -> list[Chart]:
+    """Every suite's change over alpha, one chart per unit."""
+    charts = []
+    for share, unit in ((True, "percentage points"), (False, "nats per byte")):
+        lines = [
+            Line(name, [(alpha, suite.change * (100 if share else 1)) for alpha, suite in suites])
+            for name, suites in curve.by_suite().items()
+            if text.is_share(suites[0][1]) is share
+        ]
+        if lines:
+            title = f"Change in {unit}"
+            svg = draw_curves(f"wise-{int(share)}", lines, title, "alpha: 0 is the base, 1 the tuned model")
+            charts.append(Chart(title, Markup(svg), "positive is better"))
+    return charts
 
 
 def _step_chart(metrics: Metrics, field: str, title: str, unit: str) -> Chart | None:

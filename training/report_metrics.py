@@ -24,6 +24,9 @@ class Step:
     num_target_tokens: int
     num_tokens: int
     seconds: float
+    num_rows: int = 0
+    num_replay: int = 0
+    num_replay_target_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,23 @@ def cost_rows(metrics: Metrics | None, scoring_seconds: float) -> list[tuple[str
             ("target tokens", f"{sum(step.num_target_tokens for step in metrics.steps):,}"),
             ("tokens per second", f"{tokens / seconds:,.0f}" if seconds > 0 else "–"),
         ]
+        rows += _replay_rows(metrics.steps)
         if metrics.num_repeated_steps:
             again = f"{metrics.num_repeated_steps:,} ({duration_text(metrics.repeated_seconds)})"
             rows.append(("steps done again after a resume", again))
     return [*rows, ("scoring time", duration_text(scoring_seconds))]
+
+
+def _replay_rows(steps: tuple[Step, ...]) -> list[tuple[str, str]]:
+    """The realised shares of what was replayed; nothing for a run without replay."""
+    replayed, rows = sum(step.num_replay for step in steps), sum(step.num_rows for step in steps)
+    if not replayed:
+        return []
+    tokens, targets = (sum(s.num_replay_target_tokens for s in steps), sum(s.num_target_tokens for s in steps))
+    return [
+        ("replayed rows", f"{replayed:,} of {rows:,} ({replayed / rows:.1%})"),
+        ("replayed target tokens", f"{tokens:,} of {targets:,} ({tokens / targets:.1%})"),
+    ]
 
 
 def _parse(line: str) -> Step | tuple[tuple[str, int], float] | None:
@@ -107,6 +123,9 @@ def _parse(line: str) -> Step | tuple[tuple[str, int], float] | None:
         num_target_tokens=int(row["num_target_tokens"]),
         num_tokens=int(row["num_tokens"]),
         seconds=float(row["seconds"]),
+        num_rows=int(row.get("num_rows", 0)),
+        num_replay=int(row.get("num_replay", 0)),
+        num_replay_target_tokens=int(row.get("num_replay_target_tokens", 0)),
     )
 
 

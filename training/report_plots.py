@@ -53,10 +53,10 @@ _STYLE: dict[RcKeyType, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One named curve: (step, value) pairs."""
+    """One named curve: (step, value) pairs, or (alpha, value)."""
 
     name: str
-    points: Sequence[tuple[int, float]]
+    points: Sequence[tuple[float, float]]
 
 
 def draw_changes(suites: Sequence[SuiteScore]) -> str:
@@ -74,8 +74,8 @@ def draw_changes(suites: Sequence[SuiteScore]) -> str:
         return _to_svg(figure, "changes", "Change of every suite with its 95 % interval")
 
 
-def draw_curves(name: str, lines: Sequence[Line], title: str) -> str:
-    """Curves over optimizer steps, in one panel; a legend when there are several.
+def draw_curves(name: str, lines: Sequence[Line], title: str, across: str = "step") -> str:
+    """Curves over optimizer steps (or what `across` says), in one panel; a legend when there are several.
 
     Args:
         name: prefix of the ids in the SVG, unlike that of any other chart on the page.
@@ -90,8 +90,8 @@ def draw_curves(name: str, lines: Sequence[Line], title: str) -> str:
         for index, line in enumerate(lines):
             _draw_line(axes, index, line)
         _style_axes(axes)
-        axes.set_xlabel("step", color=_light("muted"))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.set_xlabel(across, color=_light("muted"))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=across == "step"))
         if max(abs(value) for line in lines for _, value in line.points) < 0.01:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _small_tick(value)))
         axes.grid(axis="y", color=_light("rule"), linewidth=0.8)
@@ -100,7 +100,7 @@ def draw_curves(name: str, lines: Sequence[Line], title: str) -> str:
         return _to_svg(figure, name, title)
 
 
-def points_per_mean(points: Sequence[tuple[int, float]]) -> int:
+def points_per_mean(points: Sequence[tuple[float, float]]) -> int:
     """How many steps one drawn point is the mean of; long curves are thinned, so that the page stays small."""
     return -(-len(points) // _MAX_POINTS) if points else 1
 
@@ -165,7 +165,7 @@ def _draw_line(axes: Axes, index: int, line: Line) -> None:
     axes.plot(steps, values, dash, marker=marker, markersize=4, linewidth=1.6, color=colour, label=_short(line.name))
 
 
-def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The curve as means over equal numbers of neighbouring steps."""
     size = points_per_mean(points)
     chunks = [points[start : start + size] for start in range(0, len(points), size)]

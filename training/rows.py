@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from training.errors import Problem, TenureError, raise_all
 from training.section import Source
 from training.spec import Accuracy, CrossEntropy, ExactMatch
+from training.strategy import Prompts
 
 MAX_PROBLEMS = 20
 ROLES = ("system", "user", "assistant", "tool")
@@ -28,6 +29,22 @@ class Conversation:
     """A training example: chat turns, of which the assistant's are learned, or a plain prompt and completion."""
 
     messages: Messages
+    where: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt with the answer to prefer and the one to avoid: two conversations that differ in their last turn."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Plain text, of which every token is learned."""
+
+    text: str
     where: str
 
 
@@ -106,6 +123,35 @@ def read_conversations(source: Source) -> list[Conversation]:
     return _read_all(source.path, lambda row, where: Conversation(_messages(source, row), where))
 
 
+def read_preferences(source: Source) -> list[Preference]:
+    """All pairs of a source of the form preference, or every row's fault at once (the first twenty)."""
+    return _read_all(source.path, lambda row, where: _preference(source, row, where))
+
+
+def read_passages(source: Source) -> list[Passage]:
+    """All texts of a source of the form text, or every row's fault at once (the first twenty)."""
+    column = source.text
+    assert column is not None
+    return _read_all(source.path, lambda row, where: Passage(_non_empty(column, row), where))
+
+
+def read_prompts(prompts: Prompts) -> list[Conversation]:
+    """The turns before an answer of every row of a file of prompts, or every row's fault at once."""
+
+    def build(row: Row, where: str) -> Conversation:
+        system = ({"role": "system", "content": fill_text(prompts.system, row)},) if prompts.system else ()
+        return Conversation((*system, {"role": "user", "content": _filled(prompts.prompt, row)}), where)
+
+    return _read_all(prompts.path, build)
+
+
+def _filled(column: str, row: Row) -> str:
+    text = fill(column, row)
+    if not text.strip():
+        raise RowFault(f"'{column}' is empty: there is nothing to answer", "fill or remove the row")
+    return text
+
+
 def read_items(suite: ExactMatch | Accuracy | CrossEntropy) -> list[SuiteItem]:
     """The items of a suite (the first `limit` of them), or every row's fault at once."""
     readers: dict[type, Any] = {ExactMatch: _exact_item, Accuracy: _choice_item, CrossEntropy: _entropy_item}
@@ -130,11 +176,25 @@ def _read_all(path: Path, build: Any, limit: int | None = None) -> list[Any]:
 def _messages(source: Source, row: Row) -> Messages:
     if source.messages is not None:
         return _checked_turns(row, source.messages)
-    assert source.prompt is not None
     assert source.completion is not None
+    return (*_prompt_turns(source, row), {"role": "assistant", "content": _non_empty(source.completion, row)})
+
+
+def _prompt_turns(source: Source, row: Row) -> Messages:
+    assert source.prompt is not None
     system = ({"role": "system", "content": fill_text(source.system, row)},) if source.system else ()
-    prompt = {"role": "user", "content": fill(source.prompt, row)}
-    return (*system, prompt, {"role": "assistant", "content": _non_empty(source.completion, row)})
+    return (*system, {"role": "user", "content": fill(source.prompt, row)})
+
+
+def _preference(source: Source, row: Row, where: str) -> Preference:
+    assert source.chosen is not None
+    assert source.rejected is not None
+    prompt = _prompt_turns(source, row)
+    chosen, rejected = _non_empty(source.chosen, row), _non_empty(source.rejected, row)
+    if chosen == rejected:
+        raise RowFault("the chosen and the rejected answer are the same: the pair teaches nothing", "remove the row")
+    answers = ((*prompt, {"role": "assistant", "content": answer}) for answer in (chosen, rejected))
+    return Preference(*(Conversation(messages, where) for messages in answers))
 
 
 def _checked_turns(row: Row, column: str) -> Messages:

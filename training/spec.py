@@ -5,7 +5,7 @@ Paths in a spec file are relative to that file. Every class is one section of th
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -30,6 +30,7 @@ from training.strategy import (
     Lm,
     Objective,
     Protection,
+    Replay,
     Sft,
     Tuning,
     known_model,
@@ -37,6 +38,8 @@ from training.strategy import (
     tuning_refusal,
     unmergeable,
 )
+
+ProtectionType = TypeVar("ProtectionType", bound=Section)
 
 
 class Data(Section):
@@ -191,6 +194,10 @@ class RunSpec(Section):
     training: Training
     export: Export = Export()
 
+    def protection(self, kind: type[ProtectionType]) -> ProtectionType | None:
+        """The protection of that kind, if the run has it."""
+        return next((protection for protection in self.protections if isinstance(protection, kind)), None)
+
     # Checks between sections stand on the later of the two, so that they are made whatever is wrong elsewhere.
 
     @field_validator("model")
@@ -250,6 +257,14 @@ class RunSpec(Section):
             raise fault(
                 f"{size} does not divide by {what}", f"set global_batch_size: {nearest}", ("global_batch_size",)
             )
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _replay_has_room(cls, value: Training, info: ValidationInfo) -> Training:
+        if value.global_batch_size == 1 and any(isinstance(p, Replay) for p in info.data.get("protections", ())):
+            what = "a global batch of one row has no room for a replayed one"
+            raise fault(what, "set global_batch_size: 2 or more", ("global_batch_size",))
         return value
 
     @field_validator("export")

@@ -21,7 +21,7 @@ from training.peft_methods import (
     wrong_lora_option,
     wrong_option,
 )
-from training.section import Count, Flag, Fraction, Positive, Section, Source, Text, fault
+from training.section import Count, DataFile, Flag, Fraction, Positive, Section, Source, Text, fault
 
 # ------------------------------------------------------------------------------------------------ objectives
 
@@ -83,6 +83,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "lm": ("text",),
 }
 FORMS["dpo"] = ("preference",)
+REPLAY_FORMS = ("completion", "messages", "text")
 
 # ---------------------------------------------------------------------------------------------------- tuning
 
@@ -284,13 +285,26 @@ class Si(Section):
         return self
 
 
-class Generate(Section):
-    """Replay rows written by the base model: prompts of its own, or those of a file, and its sampled answers."""
+class Prompts(Section):
+    """Prompts of a JSONL file for the base to answer; `prompt`, `system` and `chat` as in a source of rows."""
 
-    examples: Count = 256
-    max_new_tokens: Count = 128
+    path: DataFile
+    prompt: Text
+    system: Text | None = None
+    chat: Flag | Literal["auto"] = "auto"
+
+
+class Generate(Section):
+    """Replay rows written by the base model: prompts of its own, or those of a file, and its sampled answers.
+
+    Without `prompts` a chat model writes its own from its template's open user turn (Magpie, arXiv 2406.08464), and
+    any other model writes plain text after its start token. Sampled at `temperature` from the whole distribution.
+    """
+
+    examples: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 256
+    max_new_tokens: Annotated[int, Field(strict=True, ge=1, le=4096)] = 128
     temperature: Positive = 1.0
-    prompts: Source | None = None
+    prompts: Prompts | None = None
 
 
 class Replay(Section):
@@ -308,6 +322,12 @@ class Replay(Section):
                 "replay needs rows to replay", "set data to sources, or generate: {} to have the base write them"
             )
         return self
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The data files that it reads."""
+        prompts = self.generate.prompts if self.generate else None
+        return (*(source.path for source in self.data), *((prompts.path,) if prompts else ()))
 
 
 class Kl(Section):
@@ -380,9 +400,40 @@ def refusals(
     return found
 
 
+def moves_base(tuning: Any) -> bool:
+    """Whether the base's own weights are changed, so that no adapter can be switched off to give it back."""
+    return isinstance(tuning, Full | Partial) or (isinstance(tuning, Lora) and changes_base(tuning.options))
+
+
+_NOT_WITH_DPO = {
+    "kl": "dpo is itself held to the base, by its beta",
+    "flow": "flow weighs a row by its loss, and dpo learns from the difference of two",
+    "stm": "stm masks tokens, and dpo compares whole answers",
+    "replay": "replayed rows hold no pairs",
+}
+
+
 def _refuse(objective: Any, tuning: Any, protection: Any) -> tuple[str, str] | None:
+    if isinstance(objective, Dpo) and protection.type in _NOT_WITH_DPO:
+        return _NOT_WITH_DPO[protection.type], f"remove {protection.type}, or use objective: {{type: sft}}"
     if isinstance(protection, L2sp | Ewc | Si):
         return _refuse_pull(tuning, protection)
+    if isinstance(protection, Replay):
+        return _refuse_replay(protection)
+    if isinstance(protection, Wise) and not isinstance(tuning, Full | Partial | Lora):
+        what = f"wise interpolates weights, or scales LoRA's product; {tuning.type} is not linear in its parameters"
+        return what, "use tuning: {type: full}, partial or lora"
+    if isinstance(protection, Wise) and isinstance(tuning, Lora) and _BESIDE_PRODUCT & set(tuning.options):
+        beside = sorted(_BESIDE_PRODUCT & set(tuning.options))
+        what = f"wise scales the product of LoRA's matrices, and {', '.join(beside)} changes more than that"
+        return what, f"remove tuning.options.{beside[0]}"
+    return None
+
+
+def _refuse_replay(replay: Replay) -> tuple[str, str] | None:
+    for source in replay.data:
+        if source.form not in REPLAY_FORMS:
+            return f"rows of the form {source.form} cannot be replayed", f"give {', '.join(REPLAY_FORMS)}"
     return None
 
 

@@ -16,6 +16,7 @@ from training.plan import Plan
 from training.quiet import be_quiet
 from training.scorecard import Scorecard
 from training.spec import RunSpec
+from training.strategy import Replay
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
 if TYPE_CHECKING:
@@ -28,10 +29,12 @@ def collect_lineage(spec: RunSpec, spec_hash: str) -> dict[str, Any]:
     """Everything that a run came from: hashes of data, base model and spec, package versions, commit."""
     sources = [source.path for source in spec.data.train]
     suites = [suite.path for suite in spec.suites.all]
+    replay = spec.protection(Replay)
     return {
         "spec": spec_hash,
         "base_model": {"path": spec.model, "sha256": hash_folder(Path(spec.model))},
         "train": {str(path): hash_file(path) for path in sources},
+        **({"replay": {str(path): hash_file(path) for path in replay.files}} if replay else {}),
         "suites": {str(path): hash_file(path) for path in suites},
         "packages": package_versions(),
         "commit": _commit(),

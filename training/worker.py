@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from training.encoding import Encoded, load_tokenizer
 from training.errors import fail
 from training.faults import explained_at, output_to
 from training.importance import IMPORTANCE_FOLDER, PATH_INTEGRAL, write_importance
+from training.interpolate import interpolate
 from training.layout import Layout
 from training.models import hash_folder
-from training.objectives import SftLoss
+from training.objectives import Objective, make_objective
 from training.plan import Plan
 from training.prepare import Prepared, load_prepared
 from training.spec import RunSpec
-from training.strategy import Si, is_adapter
+from training.strategy import Si, Wise, is_adapter
+from training.weighing import weigh
 from training.workspace import RunFolder
 
 
@@ -64,7 +66,7 @@ class Trainer:
     tokenizer: Any
     engine: Any
     optimizer: torch.optim.Optimizer
-    objective: SftLoss
+    objective: Objective
     attached: Attached
     aids: dict[str, str]
     spec_hash: str
@@ -78,7 +80,8 @@ class Trainer:
         """Data, model, tuning, optimizer, engine, protections; then the state of the newest checkpoint."""
         spec, plan = RunSpec.model_validate(job.spec), Plan(**job.plan)
         seed_everything(spec.training.seed)
-        data = load_prepared(Path(job.prepared))
+        weighed = weigh(load_prepared(Path(job.prepared)), spec, job.aids)
+        tokenizer = load_tokenizer(Path(spec.model))
         dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
         model = tuning.apply_tuning(tuning.load_base_for(spec.tuning, Path(spec.model), dtype), spec.tuning)
         _expect_trainable(model, plan)
@@ -93,16 +96,16 @@ class Trainer:
             spec=spec,
             plan=plan,
             folder=folder,
-            data=data,
-            tokenizer=load_tokenizer(Path(spec.model)),
+            data=weighed.data,
+            tokenizer=tokenizer,
             engine=engine,
             optimizer=optimizer,
-            objective=SftLoss(model),
+            objective=make_objective(spec, model, weighed, job.aids, tokenizer.pad_token_id, engine.device),
             attached=attach_all(spec, engine.module, layout, optimizer, job.aids, unclip),
             aids=job.aids,
             spec_hash=job.spec_hash,
             data_hash=Path(job.prepared).stem,
-            schedule=_schedule(spec, plan),
+            schedule=make_schedule(spec, plan, weighed.data),
             initial=initial,
         )
         # Adapters start alike on every worker; dropout must not, or all would drop the same units.
@@ -120,16 +123,29 @@ class Trainer:
                 self._validate()
             if self._is_due(self.plan.checkpoint_every_steps):
                 self._save()
-        export.export_artifact(
-            self.engine.module,
-            self.tokenizer,
-            Path(self.spec.model),
-            self.folder.artifact,
-            self.spec,
-            self.folder.id,
-            write_beside=self._importance_beside() if self.attached.path is not None else None,
-            initial=self.initial,
-        )
+        self._log_replay()
+        self._export()
+
+    def _export(self) -> None:
+        """The artifact: what was tuned, or with WiSE-FT what lies between it and the base, and tuned beside it."""
+        wise = self.spec.protection(Wise)
+        tuned = self.folder.tuned if wise else self.folder.artifact
+        stands = tuned.is_dir()
+        dist.barrier()  # or the first worker could be done before another has looked
+        if not stands:
+            export.export_artifact(
+                self.engine.module,
+                self.tokenizer,
+                Path(self.spec.model),
+                tuned,
+                self.spec,
+                self.folder.id,
+                write_beside=self._importance_beside() if self.attached.path is not None else None,
+                initial=self.initial,
+            )
+        if wise and dist.get_rank() == 0:
+            interpolate(Path(self.spec.model), tuned, wise.alpha, self.folder.artifact)
+        dist.barrier()
 
     def _importance_beside(self) -> Callable[[Path], None]:
         write = self.importance_writer()
@@ -167,31 +183,34 @@ class Trainer:
         return self.step == self.plan.steps or (every > 0 and self.step % every == 0)
 
     def train_step(self) -> None:
-        """One optimizer step over one global batch; the loss is a mean over all its target tokens."""
+        """One optimizer step over one global batch; the loss is a mean over all of it, whatever the workers."""
         started = time.monotonic()
         indices = self.schedule.batch(self.step)
         count = self.plan.workers * self.plan.accumulation_steps
         batches = micro_batches(indices, self.data.lengths, self.plan.micro_batch_size, count)
-        num_targets = sum(self.data.train[index].num_targets for index in indices)
+        totals = self.objective.totals(indices)
         rate = engines.learning_rate(self.spec.training, self.plan, self.step)
         engines.set_learning_rate(self.engine.optimizer, rate)
         self.engine.train()
-        loss_sum = torch.zeros((), device=self.engine.device)
+        figures = torch.zeros(1 + len(self.objective.names), device=self.engine.device)
         for batch in share(batches, dist.get_rank(), self.plan.workers):
-            loss = self._loss_sum([self.data.train[index] for index in batch])
-            loss_sum += loss.detach()
+            loss = self.objective.loss(self.engine, batch, totals)
+            figures += torch.stack([loss.value.detach(), *(loss.parts[name] for name in self.objective.names)])
             # DeepSpeed divides by accumulation steps and averages over workers; this undoes both.
-            self.engine.backward(loss * (count / num_targets))
+            self.engine.backward(loss.value * count)
             self.engine.step()
-        dist.all_reduce(loss_sum)
+        dist.all_reduce(figures)
         self.step += 1
-        self._log_step(loss_sum.item() / num_targets, rate, indices, num_targets, time.monotonic() - started)
+        self._log_step(figures.tolist(), rate, indices, totals.num_targets, time.monotonic() - started)
 
     def _loss_sum(self, examples: Sequence[Encoded]) -> torch.Tensor:
         batch = collate(examples, self.tokenizer.pad_token_id)
-        return self.objective.sum(self.engine, {key: value.to(self.engine.device) for key, value in batch.items()})
+        return self.objective.head.sum(self.engine, {key: value.to(self.engine.device) for key, value in batch.items()})
 
-    def _log_step(self, loss: float, rate: float, indices: list[int], num_targets: int, seconds: float) -> None:
+    def _log_step(
+        self, figures: list[float], rate: float, indices: list[int], num_targets: int, seconds: float
+    ) -> None:
+        loss, *parts = figures
         if not math.isfinite(loss):
             instead = "lower training.learning_rate, or set training.precision: fp32"
             raise fail(f"the loss is not a finite number at step {self.step}", "training", instead)
@@ -200,14 +219,34 @@ class Trainer:
                 "kind": "step",
                 "step": self.step,
                 "loss": loss,
+                **dict(zip(self.objective.names, parts, strict=True)),
                 "learning_rate": rate,
                 "grad_norm": engines.grad_norm(self.engine),
                 "num_target_tokens": num_targets,
                 "num_tokens": sum(self.data.lengths[index] for index in indices),
+                "num_rows": len(indices),
+                **self._count_replayed(indices),
                 "seconds": seconds,
                 "epoch": self.step / self.schedule.steps_per_epoch,
             }
         )
+
+    def _log_replay(self) -> None:
+        """What was replayed over all steps, those before a resume included."""
+        if self.plan.replay_per_batch:
+            indices = [index for step in range(self.step) for index in self.schedule.batch(step)]
+            counts = {"num_rows": len(indices), "num_target_tokens": self._count_targets(indices)}
+            self._log({"kind": "replay", "step": self.step, **counts, **self._count_replayed(indices)})
+
+    def _count_targets(self, indices: Iterable[int]) -> int:
+        return sum(self.data.num_targets(index) for index in indices)
+
+    def _count_replayed(self, indices: list[int]) -> dict[str, int]:
+        """How many of a batch's rows and target tokens are replayed; nothing for a run without replay."""
+        if not self.plan.replay_per_batch:
+            return {}
+        replayed = [index for index in indices if index >= len(self.data.train)]
+        return {"num_replay": len(replayed), "num_replay_target_tokens": self._count_targets(replayed)}
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -250,9 +289,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _schedule(spec: RunSpec, plan: Plan) -> Schedule:
-    training = spec.training
-    return Schedule(plan.num_examples, training.global_batch_size, training.epochs, training.seed, training.max_steps)
+def make_schedule(spec: RunSpec, plan: Plan, data: Prepared) -> Schedule:
+    """Which examples every step of a run sees.
+
+    Raises:
+        TenureError: rows are to be replayed and there are none.
+    """
+    if plan.replay_per_batch and not data.replay:
+        raise fail("there are no rows to replay", "protections", "set replay.data, or have the base write them again")
+    return Schedule(
+        num_examples=len(data.train),
+        global_batch_size=plan.global_batch_size,
+        epochs=spec.training.epochs,
+        seed=spec.training.seed,
+        max_steps=spec.training.max_steps,
+        num_replay=len(data.replay),
+        replay_per_batch=plan.replay_per_batch,
+    )
 
 
 def _expect_trainable(model: torch.nn.Module, plan: Plan) -> None:

@@ -53,6 +53,21 @@ class RunFolder:
         return self.path / "artifact"
 
     @property
+    def tuned(self) -> Path:
+        """What training alone gave, where the artifact is interpolated between it and the base."""
+        return self.path / "tuned"
+
+    @property
+    def wise(self) -> Path:
+        """Artifacts between base and tuned, by alpha."""
+        return self.path / "wise"
+
+    @property
+    def wise_curve(self) -> Path:
+        """The scores of every alpha."""
+        return self.path / "wise.json"
+
+    @property
     def scorecard(self) -> Path:
         return self.path / "scorecard.json"
 

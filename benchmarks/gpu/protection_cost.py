@@ -11,6 +11,8 @@ not change what is computed.
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -62,12 +64,13 @@ def main() -> None:
     results = [measure(arguments, accumulation, gpu) for accumulation in arguments.accumulation]
     machine = {"torch": torch.__version__, "python": platform.python_version()}
     machine["device"] = torch.cuda.get_device_name() if gpu else "cpu"
-    machine["liger"] = LIGER
+    machine["kernels"] = "liger" if gpu and uses_liger() else "torch"
     arguments.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
     dist.destroy_process_group()
 
 
-LIGER = False
+def uses_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def start_process_group(gpu: bool) -> None:
@@ -85,20 +88,14 @@ def start_process_group(gpu: bool) -> None:
 
 
 def make_model(shape: str, gpu: bool) -> torch.nn.Module:
-    global LIGER
-    try:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        if gpu:
-            apply_liger_kernel_to_llama()
-            LIGER = True
-    except ImportError:
-        pass
+    if gpu and uses_liger():
+        importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_llama()
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=4096, dtype="bfloat16")
     config._attn_implementation = "sdpa"
     with torch.device("cuda" if gpu else "cpu"):
-        return LlamaForCausalLM(config).to(torch.bfloat16)
+        model: torch.nn.Module = LlamaForCausalLM(config).to(torch.bfloat16)
+    return model
 
 
 def measure(arguments: argparse.Namespace, accumulation: int, gpu: bool) -> dict[str, Any]:

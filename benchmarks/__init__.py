@@ -1,0 +1,1 @@
+"""Measurements that can be made again, and the results that were committed."""
