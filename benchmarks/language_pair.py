@@ -217,7 +217,7 @@ def summarise(results: list[dict[str, Any]], protections: list[str]) -> list[dic
 
 
 def mean(results: list[dict[str, Any]], name: str, task: str, key: str) -> float:
-    return statistics.mean(found[task][key] for found in results if found["protection"] == name)
+    return float(statistics.mean(found[task][key] for found in results if found["protection"] == name))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,6 @@ class TargetLogits:
         """
         labels = batch["labels"]
         following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
-        self._length = labels.shape[1]
         found = (following != IGNORE).nonzero().squeeze(1)
         self._length = labels.shape[1]
         self._index = found if found.numel() else labels.new_zeros(1)
