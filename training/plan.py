@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from training.errors import Problem, TenureError
 from training.models import ModelInfo
 from training.spec import RunSpec
-from training.strategy import Distill, Ewc, Full, Kl, L2sp, Lora, Replay, Si, moves_base, records_path
+from training.strategy import Distill, Ewc, Full, Kl, L2sp, Lora, Replay, Si, Wise, moves_base, records_path
 
 GIB = 2**30
 _ADAM_STATES = 2
@@ -242,7 +242,8 @@ def estimate_disk(spec: RunSpec, info: ModelInfo, trainable: int) -> int:
     checkpoint = trainable * 4 * (2 + _ADAM_STATES)
     merged = info.num_parameters * 4 if spec.export.merged else 0
     artifact = info.num_parameters * 4 if spec.tuning.type == "full" else trainable * 4
-    return checkpoint * (spec.training.keep_checkpoints + 1) + artifact + merged
+    copies = 2 if spec.protection(Wise) else 1  # what was tuned stays beside what is exported
+    return checkpoint * (spec.training.keep_checkpoints + 1) + copies * (artifact + merged)
 
 
 def _micro_batch_size(spec: RunSpec) -> int:

@@ -333,9 +333,19 @@ def _refuse(objective: Any, tuning: Any, protection: Any) -> tuple[str, str] | N
         return _refuse_pull(tuning, protection)
     if isinstance(protection, Replay):
         return _refuse_replay(protection)
-    if isinstance(protection, Wise) and not isinstance(tuning, Full | Partial | Lora):
+    if isinstance(protection, Wise):
+        return _refuse_wise(tuning)
+    return None
+
+
+def _refuse_wise(tuning: Any) -> tuple[str, str] | None:
+    if not isinstance(tuning, Full | Partial | Lora):
         what = f"wise interpolates weights, or scales LoRA's product; {tuning.type} is not linear in its parameters"
         return what, "use tuning: {type: full}, partial or lora"
+    options = getattr(tuning, "options", {})
+    wrong = [name for name in ("use_dora", "modules_to_save", "bias") if options.get(name) not in (None, False, "none")]
+    if wrong:
+        return f"wise scales LoRA's product, and {wrong[0]} adds more than that", f"remove {wrong[0]}, or wise"
     return None
 
 
