@@ -23,7 +23,7 @@ from training.prepare import load_prepared, prepare
 from training.scorecard import Scorecard, read_scorecard
 from training.spec import Export, RunSpec, Scaling
 from training.specfile import load_spec
-from training.strategy import Replay
+from training.strategy import Replay, is_adapter
 from training.teacher import check_teacher
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
@@ -200,7 +200,6 @@ def score_artifacts(
     from training.judge import build_scorecard
 
     base = Path(spec.model)
-    is_adapter = spec.tuning.type != "full"
     protocol = scoring.protocol_of(spec, scoring.scoring_precision(spec.scaling.gpus_per_worker))
     key = scoring.protocol_hash(protocol, base)
     models = {"base": base, **artifacts}
@@ -210,7 +209,7 @@ def score_artifacts(
             spec=spec.model_dump(mode="json"),
             base=str(base),
             artifact=None if models[name] == base else str(models[name]),
-            is_adapter=is_adapter and models[name] != base,
+            is_adapter=is_adapter(spec.tuning) and models[name] != base,
             target=str(target),
             log=str(run.logs / f"score-{name}.log"),
         )

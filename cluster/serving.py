@@ -18,26 +18,44 @@ from serving.app import ServedModels
 from serving.client import ask
 from serving.endpoint import Endpoint, check_port, deploy
 from serving.registry import registered_artifact
+from training.errors import fail
 from training.faults import output_to
 from training.scorecard import Scorecard, read_scorecard
-from training.strategy import Lora
-from training.workspace import RunFolder
+from training.strategy import AnyTuning, is_adapter, is_served_as_adapter, unmergeable
+from training.workspace import MERGED_FOLDER, RunFolder, read_json
 
 MAX_MODEL_LEN = 2048
 
 
 def served_models(run: RunFolder, scorecard: Scorecard) -> ServedModels:
-    """The base under its folder's name and the artifact under the run's id."""
+    """The base under its folder's name and the artifact, merged unless vLLM takes it as it is, under the run's id.
+
+    Raises:
+        TenureError: the artifact has changed since it was scored, or no endpoint takes such a model.
+    """
     spec = spec_of(run)
+    artifact = registered_artifact(run, scorecard)
+    tuned, rank = served_form(spec.tuning, artifact)
     return ServedModels(
         base_name=Path(spec.model).name,
         base_path=Path(spec.model),
         tuned_name=run.id,
-        tuned_path=registered_artifact(run, scorecard),
-        adapter_rank=spec.tuning.rank if isinstance(spec.tuning, Lora) else None,
+        tuned_path=tuned,
+        adapter_rank=rank,
         gpus=spec.scaling.gpus_per_worker,
         max_model_len=min(MAX_MODEL_LEN, max_positions(Path(spec.model))),
     )
+
+
+def served_form(tuning: AnyTuning, artifact: Path) -> tuple[Path, int | None]:
+    """The folder that vLLM loads, and the rank of the adapter in it; None for a whole model."""
+    if is_served_as_adapter(tuning):
+        return artifact, int(read_json(artifact / "adapter_config.json")["r"])
+    reason = unmergeable(tuning)
+    if reason:
+        what = f"{tuning.type} cannot be served: vLLM takes LoRA adapters and whole models, and {reason}"
+        raise fail(what, str(artifact), "load it with PEFT, or train with another tuning")
+    return (artifact / MERGED_FOLDER if is_adapter(tuning) else artifact), None
 
 
 def max_positions(model: Path) -> int:

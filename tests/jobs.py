@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -154,14 +154,20 @@ def single_process(folder: Path) -> Iterator[None]:
         os.environ.update(before)
 
 
-def train_in_group(jobs: list[JobValues], workers: int, storage: Path) -> None:
-    """Run jobs one after another in one group of Ray Train workers. A job's faults land in its folder."""
+After = Callable[[Trainer, RunFolder], None]
+
+
+def train_in_group(jobs: list[JobValues], workers: int, storage: Path, after: After | None = None) -> None:
+    """Run jobs one after another in one group of Ray Train workers. A job's faults land in its folder.
+
+    `after` is called in every worker when a job is done, while its engine stands.
+    """
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     TorchTrainer(
         _train_all,
-        train_loop_config={"jobs": jobs},
+        train_loop_config={"jobs": jobs, "after": after},
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1.0}),
         run_config=RunConfig(name="group", storage_path=str(storage)),
@@ -172,11 +178,11 @@ def _train_all(config: dict[str, Any]) -> None:
     for job in config["jobs"]:
         folder = RunFolder(Path(job["run"]))
         with output_to(folder.logs / f"worker-{dist.get_rank()}.log"):
-            _train_one(job, folder)
+            _train_one(job, folder, config["after"])
         gc.collect()
 
 
-def _train_one(job: JobValues, folder: RunFolder) -> None:
+def _train_one(job: JobValues, folder: RunFolder, after: After | None) -> None:
     """A job that refuses to start leaves its reason in refusal-RANK.json."""
     rank = dist.get_rank()
     try:
@@ -188,6 +194,8 @@ def _train_one(job: JobValues, folder: RunFolder) -> None:
     dtypes = [str(master.dtype) for master in trainer.attached.layout.masters]
     buffers = sorted({str(buffer.dtype) for _, buffer in trainer.engine.module.named_buffers()})
     write_json(folder.path / f"dtypes-{rank}.json", {"masters": dtypes, "buffers": buffers})
+    if after:
+        after(trainer, folder)
     trainer.engine.destroy()
 
 

@@ -11,7 +11,8 @@ from jobs import STEPS, TUNINGS, JobValues, artifact_weights, run_of, start_job,
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from training.export import MERGED_FOLDER, export_artifact
+from training.export import export_artifact
+from training.workspace import MERGED_FOLDER
 
 IDS = torch.tensor([[5, 9, 17, 33, 65, 129, 3, 77]])
 

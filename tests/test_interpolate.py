@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 
 from training.encoding import load_tokenizer
 from training.errors import TenureError
-from training.export import MERGED_FOLDER, save_merged
+from training.export import save_merged
 from training.interpolate import interpolate
 from training.models import hash_folder
 from training.scorecard import SuiteScore, Verdict, read_scorecard
 from training.wise import WiseCurve, WisePoint, find_best, find_knee, joined, read_curve
-from training.workspace import read_json
+from training.workspace import MERGED_FOLDER, read_json
 
 Tensors = dict[str, torch.Tensor]
 

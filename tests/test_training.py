@@ -138,9 +138,9 @@ def test_workers_and_accumulation_are_interchangeable(
         assert_same_weights(weights(job), weights(alone))
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", range(1, 4))
 @pytest.mark.parametrize("name", ["lora", "full"])
-def test_bf16_trains_at_every_zero_stage(two_workers: dict[str, JobValues], name: str, stage: int) -> None:
+def test_bf16_trains_where_masters_are_kept(two_workers: dict[str, JobValues], name: str, stage: int) -> None:
     job = two_workers[f"{name} bf16 {stage}"]
     curve = losses(job)
     assert len(curve) == 20
@@ -149,8 +149,7 @@ def test_bf16_trains_at_every_zero_stage(two_workers: dict[str, JobValues], name
     for rank in range(2):
         found = dtypes_of(job, rank)
         assert found["buffers"] == ["torch.float32"], "rotary frequencies lose positions in bf16"
-        if stage > 0:
-            assert set(found["masters"]) == {"torch.float32"}
+        assert set(found["masters"]) == {"torch.float32"}
 
 
 def test_training_reads_the_parameters_that_the_plan_counted(two_workers: dict[str, JobValues]) -> None:

@@ -12,7 +12,9 @@ import torch
 
 from training.plan import Plan
 from training.spec import RunSpec, Training
+from training.strategy import AnyTuning, Lora
 
+RATE_RATIO = "rate_ratio"
 _NEVER = 10**9
 # DeepSpeed's own 500 million elements are allocated at every step of ZeRO 2, whatever the model's size.
 _BUCKET_ELEMENTS = 50_000_000
@@ -42,12 +44,22 @@ def deepspeed_config(spec: RunSpec, plan: Plan) -> dict[str, Any]:
     return config
 
 
-def build_optimizer(model: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
-    """AdamW over the parameters that move; DeepSpeed puts its fp32 partitions in their place."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_optimizer(model: torch.nn.Module, training: Training, tuning: AnyTuning) -> torch.optim.Optimizer:
+    """AdamW over the parameters that move; DeepSpeed puts its fp32 partitions in their place.
+
+    LoRA+ has LoRA's B in a group of its own (arXiv 2402.12354), since that learns at another rate.
+    """
+    moving = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ratio = tuning.learning_rate_ratio if isinstance(tuning, Lora) else 1.0
+    fast = [parameter for name, parameter in moving.items() if ".lora_B." in name] if ratio != 1 else []
+    slow = [parameter for name, parameter in moving.items() if not fast or ".lora_B." not in name]
+    groups = [{"params": slow, RATE_RATIO: 1.0}, {"params": fast, RATE_RATIO: ratio}]
     fused = torch.cuda.is_available()
     return torch.optim.AdamW(
-        parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused or None
+        [group for group in groups if group["params"]],
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+        fused=fused or None,
     )
 
 
@@ -149,6 +161,6 @@ def learning_rate(training: Training, plan: Plan, step: int) -> float:
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
-    """Set the rate of every parameter group."""
+    """Set the rate of every parameter group: its share of the given one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group[RATE_RATIO]

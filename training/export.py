@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +15,14 @@ import torch.distributed as dist
 from training.errors import fail
 from training.models import hash_folder
 from training.spec import RunSpec
-from training.tuning import load_base
-from training.workspace import write_json
+from training.strategy import is_adapter, merges_by_itself
+from training.tuning import ADAPTER, load_base
+from training.workspace import MERGED_FOLDER, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LINEAGE_FILE = "tenure.json"
-MERGED_FOLDER = "merged"
 
 
 def gather_masters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -44,6 +46,19 @@ def gather_masters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return gathered
 
 
+def gather_frozen(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What an adapter holds without moving it, by name, on rank 0 (elsewhere empty). All ranks call it."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    gathered: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and f".{ADAPTER}." in f"{name}.":
+            with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                if dist.get_rank() == 0:
+                    gathered[name] = parameter.detach().to("cpu", torch.float32, copy=True)
+    return gathered
+
+
 def export_artifact(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -51,21 +66,26 @@ def export_artifact(
     target: Path,
     spec: RunSpec,
     run_id: str,
+    initial: dict[str, torch.Tensor] | None = None,
     write_beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Save the tuned model as a folder that is complete or not there; every rank calls it.
 
     Args:
+        initial: LoRA's first A and B by parameter name, where they were taken out of the base.
         write_beside: writes what goes with the model, into the folder given; called on rank 0.
     """
-    weights = gather_masters(model)
+    weights = gather_masters(model) | gather_frozen(model)
     if dist.get_rank() == 0:
         part = target.with_name(f".{target.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        _save_weights(model, weights, part, base, spec)
+        if is_adapter(spec.tuning):
+            _save_adapter(model, weights, part, initial or {})
+        else:
+            _save_whole(model, weights, part, base)
         tokenizer.save_pretrained(part)
-        if spec.export.merged and spec.tuning.type != "full":
+        if is_adapter(spec.tuning) and (spec.export.merged or merges_by_itself(spec.tuning)):
             save_merged(base, part, part / MERGED_FOLDER, tokenizer)
         lineage = {"run": run_id, "tuning": spec.tuning.type, "base_model": str(base), "base_hash": hash_folder(base)}
         write_json(part / LINEAGE_FILE, lineage)
@@ -75,18 +95,78 @@ def export_artifact(
     dist.barrier()
 
 
-def _save_weights(model: Any, weights: dict[str, torch.Tensor], part: Path, base: Path, spec: RunSpec) -> None:
-    """Only what moved, for adapters; for full tuning the whole model, with the buffers that a checkpoint holds."""
-    if spec.tuning.type != "full":
-        model.save_pretrained(part, state_dict=weights, safe_serialization=True)
-        return
+def _save_whole(model: Any, weights: dict[str, torch.Tensor], part: Path, base: Path) -> None:
+    """The whole model in the base's dtype, with its buffers. What did not move is read from the base again."""
     dtype = _stored_dtype(base)
+    names = [name for name, _ in model.named_parameters()]
+    if len(weights) < len(names):
+        weights = dict(load_base(base, dtype).named_parameters()) | weights
     kept = model.state_dict().keys()
     buffers = {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in kept}
-    model.save_pretrained(part, state_dict={name: value.to(dtype) for name, value in weights.items()} | buffers)
+    state = {name: weights[name].detach().to(dtype) for name in names}
+    model.save_pretrained(part, state_dict=state | buffers)
     # save_pretrained() writes the dtype of training into the config, and readers load in the dtype that it names.
     model.config.dtype = dtype
     model.config.save_pretrained(part)
+
+
+def _save_adapter(model: Any, weights: dict[str, torch.Tensor], part: Path, initial: dict[str, torch.Tensor]) -> None:
+    """An adapter that PEFT loads on the untouched base."""
+    config = model.peft_config[ADAPTER]
+    if config.is_prompt_learning:
+        _save_prompt(model, weights, part)
+        return
+    kept = model.state_dict().keys()
+    buffers = model.named_buffers(remove_duplicate=False)
+    state = {name: buffer.detach().cpu() for name, buffer in buffers if name in kept}
+    state |= _under_all_names(model, weights)
+    if initial:
+        state = {name: _with_initial(name, tensor, initial) for name, tensor in state.items()}
+        model.peft_config[ADAPTER] = _of_twice_the_rank(config)
+    model.save_pretrained(part, state_dict=state, safe_serialization=True)
+    model.peft_config[ADAPTER] = config
+
+
+def _under_all_names(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, those that modules share under each of their names, as in a state dict."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    every = ((name, first[parameter]) for name, parameter in model.named_parameters(remove_duplicate=False))
+    return {name: weights[owner] for name, owner in every if owner in weights}
+
+
+def _with_initial(name: str, tensor: torch.Tensor, initial: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A or B of the product BA - B0 A0, of twice the rank, which is right on the base before A0 and B0 were taken out.
+
+    Source: PiSSA, arXiv 2404.02948, appendix C.
+    """
+    if name not in initial:
+        return tensor
+    return torch.cat([tensor, initial[name]], 0) if ".lora_A." in name else torch.cat([tensor, -initial[name]], 1)
+
+
+def _of_twice_the_rank(config: Any) -> Any:
+    """The config of a plain LoRA of twice the rank and the same scaling."""
+    plain = copy.deepcopy(config)
+    plain.r, plain.init_lora_weights = 2 * config.r, True
+    plain.lora_alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
+    return plain
+
+
+def _save_prompt(model: Any, weights: dict[str, torch.Tensor], part: Path) -> None:
+    """A soft prompt, from a fresh encoder: PEFT reads the prompt off its own, whose weights may be shards."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    config, trained = model.peft_config[ADAPTER], model.prompt_encoder
+    settings = copy.deepcopy(config)
+    if hasattr(settings, "prompt_tuning_init"):
+        settings.prompt_tuning_init = "RANDOM"
+    encoder = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    fresh = encoder(settings, None) if config.peft_type == "PROMPT_TUNING" else encoder(settings)
+    prefix = f"prompt_encoder.{ADAPTER}."
+    fresh.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
+    model.prompt_encoder = torch.nn.ModuleDict({ADAPTER: fresh})
+    model.save_pretrained(part, safe_serialization=True)
+    model.prompt_encoder = trained
 
 
 def _stored_dtype(base: Path) -> torch.dtype:

@@ -60,11 +60,13 @@ class TargetLogits:
 
     def __init__(self, model: Any) -> None:
         self._index = torch.zeros(0, dtype=torch.long)
+        self._length = 0
         model.get_output_embeddings().register_forward_pre_hook(self._select)
 
     def _select(self, head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *rest = inputs
-        return (hidden.flatten(0, 1)[self._index], *rest)
+        rows = hidden[:, -self._length :]  # a soft prompt's virtual tokens stand before every row
+        return (rows.flatten(0, 1)[self._index], *rest)
 
     def targets(self, model: Any, batch: Batch) -> Targets:
         """The predictions of a batch (rows, length) by the model, or by the engine around it.
@@ -74,6 +76,7 @@ class TargetLogits:
         labels = batch["labels"]
         following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
         found = (following != IGNORE).nonzero().squeeze(1)
+        self._length = labels.shape[1]
         self._index = found if found.numel() else labels.new_zeros(1)
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         return Targets(logits, following[found], found // labels.shape[1])

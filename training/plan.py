@@ -9,12 +9,30 @@ from dataclasses import dataclass
 from training.errors import Problem, TenureError
 from training.models import ModelInfo
 from training.spec import RunSpec
-from training.strategy import Distill, Ewc, Full, Kl, L2sp, Lora, Replay, Si, Wise, moves_base, records_path
+from training.strategy import (
+    AnyTuning,
+    Distill,
+    Ewc,
+    Full,
+    Kl,
+    L2sp,
+    Lora,
+    Replay,
+    Si,
+    Wise,
+    is_adapter,
+    merges_by_itself,
+    moves_base,
+    records_path,
+    tuning_refusal,
+)
 
 GIB = 2**30
 _ADAM_STATES = 2
 _CPU_ROWS = 8
 _GPU_ROWS = 8
+# Four bits a weight, and the scales of double quantisation (arXiv 2305.14314, section 3)
+_NF4_BYTES = 0.52
 _OVERHEAD_BYTES = int(1.2 * GIB)
 
 
@@ -151,12 +169,21 @@ def _replay_token_share(counts: DataCounts, steps_per_epoch: int, replay_per_bat
     return replayed / (replayed + counts.num_target_tokens)
 
 
-def count_trainable(tuning: Full | Lora, info: ModelInfo) -> int:
-    """How many parameters move."""
+def count_trainable(tuning: AnyTuning, info: ModelInfo) -> int:
+    """How many parameters move. Beyond full tuning and plain LoRA this loads torch and PEFT and builds the model.
+
+    Raises:
+        TenureError: the tuning names what the model does not have, or PEFT cannot put it on the model.
+    """
     if isinstance(tuning, Full):
         return info.num_parameters
-    shapes = lora_shapes(tuning, info)
-    return sum(tuning.rank * (rows + columns) for rows, columns in shapes.values())
+    if isinstance(tuning, Lora):
+        shapes = lora_shapes(tuning, info)
+        if not set(tuning.options) - {"init_lora_weights", "use_rslora"}:
+            return sum(tuning.rank * (rows + columns) for rows, columns in shapes.values())
+    from training.tuning import count_moving
+
+    return count_moving(tuning, info.path)
 
 
 def lora_shapes(tuning: Lora, info: ModelInfo) -> dict[str, tuple[int, int]]:
@@ -187,7 +214,8 @@ def estimate_memory(spec: RunSpec, info: ModelInfo, trainable: int, stage: int, 
     """Bytes that one worker needs at its peak: weights, gradients, optimizer, activations, logits, runtime."""
     workers = spec.scaling.workers
     width = 2 if spec.training.precision == "bf16" else 4
-    weights = info.num_parameters * width / (workers if stage == 3 else 1)
+    stored = _NF4_BYTES if isinstance(spec.tuning, Lora) and spec.tuning.bits else width
+    weights = info.num_parameters * stored / (workers if stage == 3 else 1)
     gradients = trainable * width / (workers if stage >= 2 else 1)
     masters = trainable * 4 if width == 2 else 0
     states = (trainable * 4 * _ADAM_STATES + masters) / (workers if stage >= 1 else 1)
@@ -240,8 +268,9 @@ def estimate_signals(spec: RunSpec, counts: DataCounts) -> int:
 def estimate_disk(spec: RunSpec, info: ModelInfo, trainable: int) -> int:
     """Bytes that checkpoints (one more than are kept) and the artifact take."""
     checkpoint = trainable * 4 * (2 + _ADAM_STATES)
-    merged = info.num_parameters * 4 if spec.export.merged else 0
-    artifact = info.num_parameters * 4 if spec.tuning.type == "full" else trainable * 4
+    adapter = is_adapter(spec.tuning)
+    merged = info.num_parameters * 4 if (adapter and spec.export.merged) or merges_by_itself(spec.tuning) else 0
+    artifact = trainable * 4 if adapter else info.num_parameters * 4
     copies = 2 if spec.protection(Wise) else 1  # what was tuned stays beside what is exported
     return checkpoint * (spec.training.keep_checkpoints + 1) + copies * (artifact + merged)
 
@@ -265,10 +294,11 @@ def _zero_stage(
         return given
     # ZeRO 1 is the first stage at which DeepSpeed accumulates bf16 gradients in fp32.
     least = 1 if spec.training.precision == "bf16" else 0
+    stages = [s for s in range(least, 4) if tuning_refusal(spec.tuning, s, spec.scaling.gpus_per_worker) is None]
     if limit_bytes is None or spec.scaling.workers == 1:
-        return least
-    fits = (s for s in range(least, 4) if estimate_memory(spec, info, trainable, s, micro, longest) <= limit_bytes)
-    return next(fits, 3)
+        return stages[0]
+    fits = (s for s in stages if estimate_memory(spec, info, trainable, s, micro, longest) <= limit_bytes)
+    return next(fits, stages[-1])
 
 
 def _does_not_fit(spec: RunSpec, memory: int, limit: int, stage: int, micro: int) -> Problem:
@@ -276,7 +306,7 @@ def _does_not_fit(spec: RunSpec, memory: int, limit: int, stage: int, micro: int
     ways = [f"training.micro_batch_size below {micro}"] if micro > 1 else []
     ways += [f"scaling.zero_stage above {stage}"] if stage < 3 and spec.scaling.workers > 1 else []
     ways += ["objective.top_k, which caches the teacher"] if spec.objective.type == "distill" else []
-    ways += ["tuning.type: lora"] if spec.tuning.type == "full" else []
+    ways += [] if is_adapter(spec.tuning) else ["tuning.type: lora"]
     ways += ["a smaller training.max_length", "more workers on more machines"]
     return Problem(what, "scaling", f"try {', '.join(ways)}")
 

@@ -240,7 +240,7 @@ def _probe(suites: tuple[AnySuite, ...], language_model: HarnessModel) -> list[d
         rendered = render_item(suite, item, tokenizer)
         ids = (context_ids(suite, rendered.prompt, tokenizer) + text_ids(tokenizer, rendered.target))[:PROBE_TOKENS]
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
+            logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -len(ids) :].float()
         given = logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:], device=logits.device)[:, None])
         if not bool(given.isfinite().all()):
             raise fail("the model's log-probabilities are not finite numbers", item.where, _DIVERGED)

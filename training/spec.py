@@ -34,7 +34,10 @@ from training.strategy import (
     Sft,
     Tuning,
     known_model,
+    missing_package,
     refusals,
+    tuning_refusal,
+    unmergeable,
 )
 
 ProtectionType = TypeVar("ProtectionType", bound=Section)
@@ -222,6 +225,28 @@ class RunSpec(Section):
                 raise fault(what, instead, ("train", index))
         return value
 
+    @field_validator("scaling")
+    @classmethod
+    def _tuning_works_there(cls, value: Scaling, info: ValidationInfo) -> Scaling:
+        """At the given stage, or with `auto` at any: the planner takes one that works."""
+        if "tuning" not in info.data:
+            return value
+        stages = range(4) if value.zero_stage == "auto" else (value.zero_stage,)
+        found = [tuning_refusal(info.data["tuning"], stage, value.gpus_per_worker) for stage in stages]
+        missing = missing_package(info.data["tuning"]) if (info.context or {}).get("look_at_files") else None
+        reason = found[0] if all(found) else missing
+        if reason:
+            raise fault(*reason)
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _bf16_has_masters(cls, value: Training, info: ValidationInfo) -> Training:
+        if value.precision == "bf16" and "scaling" in info.data and info.data["scaling"].zero_stage == 0:
+            what = "DeepSpeed steps and accumulates in bf16 at ZeRO 0, where it keeps no fp32 masters"
+            raise fault(what, "set scaling.zero_stage: 1 or auto, or precision: fp32", ("precision",))
+        return value
+
     @field_validator("training")
     @classmethod
     def _batches_divide(cls, value: Training, info: ValidationInfo) -> Training:
@@ -243,4 +268,14 @@ class RunSpec(Section):
         if value.global_batch_size == 1 and any(isinstance(p, Replay) for p in info.data.get("protections", ())):
             what = "a global batch of one row has no room for a replayed one"
             raise fault(what, "set global_batch_size: 2 or more", ("global_batch_size",))
+        return value
+
+    @field_validator("export")
+    @classmethod
+    def _can_be_merged(cls, value: Export, info: ValidationInfo) -> Export:
+        tuning = info.data.get("tuning")
+        if value.merged and tuning is not None:
+            reason = unmergeable(tuning)
+            if reason:
+                raise fault(f"{tuning.type} cannot be merged: {reason}", "remove merged: true", ("merged",))
         return value

@@ -6,11 +6,21 @@ Free of torch: a wrong combination is refused before anything is loaded.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
+from training.peft_methods import (
+    REFUSED_METHODS,
+    UNMERGEABLE,
+    Method,
+    changes_base,
+    is_plain_lora,
+    wrong_lora_option,
+    wrong_option,
+)
 from training.section import Count, DataFile, Flag, Fraction, Positive, Section, Source, Text, fault
 
 # ------------------------------------------------------------------------------------------------ objectives
@@ -92,16 +102,98 @@ class Partial(Section):
 
 
 class Lora(Section):
-    """Low-rank adapters (arXiv 2106.09685) on the named linear modules."""
+    """Low-rank adapters (arXiv 2106.09685) on the named linear modules.
+
+    `options` are PEFT's further ones (rsLoRA, DoRA, first values, layers). `learning_rate_ratio` is LoRA+'s: B learns
+    that many times as fast as A (arXiv 2402.12354). `bits: 4` keeps the base in nf4 while training: QLoRA
+    (arXiv 2305.14314).
+    """
 
     type: Literal["lora"] = "lora"
     rank: Count = 16
     alpha: Positive = 32
     dropout: Fraction = 0.0
     target_modules: Literal["all-linear"] | tuple[Text, ...] = "all-linear"
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    learning_rate_ratio: Positive = 1.0
+    bits: Literal[4] | None = None
+
+    @model_validator(mode="after")
+    def _options_are_known(self) -> Lora:
+        wrong = wrong_lora_option(self.options) if self.options else None
+        if wrong:
+            raise fault(*wrong)
+        if self.bits and not is_plain_lora(self.options):
+            raise fault("bits: 4 goes with plain LoRA alone", f"remove {', '.join(self.options)}, or bits", ("bits",))
+        if self.bits and changes_base(self.options):
+            what = "the first product cannot be taken out of a base of 4 bits"
+            raise fault(what, "remove init_lora_weights, or bits", ("bits",))
+        return self
 
 
-Tuning = Annotated[Full | Partial | Lora, Field(discriminator="type")]
+class Peft(Section):
+    """Any other method of PEFT, by its name, with its own options."""
+
+    type: Method
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _options_are_known(self) -> Peft:
+        wrong = wrong_option(self.type, self.options)
+        if wrong:
+            raise fault(*wrong)
+        return self
+
+
+def _not_refused(value: Any) -> Any:
+    """The tuning as it was given, unless it names a method of PEFT that is left out for a reason."""
+    method = value.get("type") if isinstance(value, dict) else None
+    if isinstance(method, str) and method in REFUSED_METHODS:
+        what = f"PEFT's {method} is not offered: {REFUSED_METHODS[method]}"
+        raise fault(what, "use lora, or another method of PEFT", ("type",))
+    return value
+
+
+AnyTuning = Full | Partial | Lora | Peft
+Tuning = Annotated[AnyTuning, Field(discriminator="type"), BeforeValidator(_not_refused)]
+
+
+def is_adapter(tuning: AnyTuning) -> bool:
+    """Whether the base stays as it is, and the artifact holds what is added to it."""
+    return isinstance(tuning, Lora | Peft)
+
+
+def unmergeable(tuning: AnyTuning) -> str | None:
+    """Why an adapter cannot be folded into the base's weights; None when it can, or is none."""
+    return UNMERGEABLE.get(tuning.type)
+
+
+def is_served_as_adapter(tuning: AnyTuning) -> bool:
+    """Whether the endpoint takes the adapter beside its base: vLLM knows plain LoRA alone."""
+    return isinstance(tuning, Lora) and is_plain_lora(tuning.options)
+
+
+def merges_by_itself(tuning: AnyTuning) -> bool:
+    """Whether the artifact holds the merged model in any case, since that is what is served."""
+    return is_adapter(tuning) and not is_served_as_adapter(tuning) and not unmergeable(tuning)
+
+
+def tuning_refusal(tuning: AnyTuning, zero_stage: int, gpus_per_worker: int) -> tuple[str, str] | None:
+    """Why a tuning does not work at a ZeRO stage or without a GPU, and what to set instead; None when it does."""
+    if isinstance(tuning, Lora) and tuning.bits:
+        if gpus_per_worker == 0:
+            return "a base of 4 bits needs a GPU", "set scaling.gpus_per_worker: 1, or remove tuning.bits"
+        if zero_stage == 3:
+            return "ZeRO 3 cannot shard a base of 4 bits", "set scaling.zero_stage: 2, or remove tuning.bits"
+    return None
+
+
+def missing_package(tuning: AnyTuning) -> tuple[str, str] | None:
+    """A package that a tuning needs and that is not installed here; None when all are."""
+    if isinstance(tuning, Lora) and tuning.bits and find_spec("bitsandbytes") is None:
+        return "a base of 4 bits needs bitsandbytes, which is not installed", "run: pip install 'tenure[qlora]'"
+    return None
+
 
 # ----------------------------------------------------------------------------------------------- protections
 
@@ -297,7 +389,7 @@ Refusal = tuple[str, str, tuple[str | int, ...]]
 
 def refusals(
     objective: Sft | Lm | Dpo | Distill,
-    tuning: Full | Partial | Lora,
+    tuning: AnyTuning,
     protections: tuple[L2sp | Ewc | Si | Replay | Kl | Wise | Flow | Stm, ...],
 ) -> list[Refusal]:
     """Why parts do not go together: what, what instead, and the key below protections; none when they do."""
@@ -314,8 +406,8 @@ def refusals(
 
 
 def moves_base(tuning: Any) -> bool:
-    """Whether the base's own weights move, so that no adapter can be switched off to give it back."""
-    return isinstance(tuning, Full | Partial)
+    """Whether the base's own weights are changed, so that no adapter can be switched off to give it back."""
+    return isinstance(tuning, Full | Partial) or (isinstance(tuning, Lora) and changes_base(tuning.options))
 
 
 _NOT_WITH_DPO = {
@@ -333,19 +425,13 @@ def _refuse(objective: Any, tuning: Any, protection: Any) -> tuple[str, str] | N
         return _refuse_pull(tuning, protection)
     if isinstance(protection, Replay):
         return _refuse_replay(protection)
-    if isinstance(protection, Wise):
-        return _refuse_wise(tuning)
-    return None
-
-
-def _refuse_wise(tuning: Any) -> tuple[str, str] | None:
-    if not isinstance(tuning, Full | Partial | Lora):
+    if isinstance(protection, Wise) and not isinstance(tuning, Full | Partial | Lora):
         what = f"wise interpolates weights, or scales LoRA's product; {tuning.type} is not linear in its parameters"
         return what, "use tuning: {type: full}, partial or lora"
-    options = getattr(tuning, "options", {})
-    wrong = [name for name in ("use_dora", "modules_to_save", "bias") if options.get(name) not in (None, False, "none")]
-    if wrong:
-        return f"wise scales LoRA's product, and {wrong[0]} adds more than that", f"remove {wrong[0]}, or wise"
+    if isinstance(protection, Wise) and isinstance(tuning, Lora) and _BESIDE_PRODUCT & set(tuning.options):
+        beside = sorted(_BESIDE_PRODUCT & set(tuning.options))
+        what = f"wise scales the product of LoRA's matrices, and {', '.join(beside)} changes more than that"
+        return what, f"remove tuning.options.{beside[0]}"
     return None
 
 
@@ -356,6 +442,9 @@ def _refuse_replay(replay: Replay) -> tuple[str, str] | None:
     return None
 
 
+_BESIDE_PRODUCT = {"modules_to_save", "trainable_token_indices", "use_dora"}
+
+
 def _refuse_pull(tuning: Any, protection: L2sp | Ewc | Si) -> tuple[str, str] | None:
     if isinstance(tuning, Full | Partial):
         return None
@@ -363,6 +452,10 @@ def _refuse_pull(tuning: Any, protection: L2sp | Ewc | Si) -> tuple[str, str] | 
     if not isinstance(tuning, Lora):
         what = f"{kind} pulls weights towards the base's, and {tuning.type} does not say what it adds to them"
         return what, "use tuning full, partial or lora, or protections replay or kl"
+    beside = _BESIDE_PRODUCT & set(tuning.options)
+    if beside:
+        what = f"{kind} acts on the product of LoRA's matrices, and {', '.join(sorted(beside))} changes more than that"
+        return what, f"remove tuning.options.{min(beside)}"
     if protection.update == "proximal":
         return f"{kind} on the product of LoRA's matrices has no proximal step", "set update: coupled"
     if isinstance(protection, Si) and protection.record is True:

@@ -30,7 +30,7 @@ from training.objectives import Objective, make_objective
 from training.plan import Plan
 from training.prepare import Prepared, load_prepared
 from training.spec import RunSpec
-from training.strategy import Si, Wise
+from training.strategy import Si, Wise, is_adapter
 from training.weighing import weigh
 from training.workspace import RunFolder
 
@@ -72,6 +72,7 @@ class Trainer:
     spec_hash: str
     data_hash: str
     schedule: Schedule
+    initial: dict[str, torch.Tensor]
     step: int = 0
 
     @classmethod
@@ -82,10 +83,13 @@ class Trainer:
         weighed = weigh(load_prepared(Path(job.prepared)), spec, job.aids)
         tokenizer = load_tokenizer(Path(spec.model))
         dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
-        model = tuning.apply_tuning(tuning.load_base(Path(spec.model), dtype), spec.tuning)
+        model = tuning.apply_tuning(tuning.load_base_for(spec.tuning, Path(spec.model), dtype), spec.tuning)
         _expect_trainable(model, plan)
-        optimizer = engines.build_optimizer(model, spec.training)
+        initial = tuning.initial_products(model, spec.tuning)
+        optimizer = engines.build_optimizer(model, spec.training, spec.tuning)
         engine = engines.start_engine(model, optimizer, spec, plan)
+        if is_adapter(spec.tuning):
+            tuning.align_buffers(model)
         layout = Layout.of_engine(engine)
         unclip = engines.unclipping(engine, spec.training.max_grad_norm)
         trainer = cls(
@@ -102,6 +106,7 @@ class Trainer:
             spec_hash=job.spec_hash,
             data_hash=Path(job.prepared).stem,
             schedule=make_schedule(spec, plan, weighed.data),
+            initial=initial,
         )
         # Adapters start alike on every worker; dropout must not, or all would drop the same units.
         seed_everything(spec.training.seed + 1 + dist.get_rank())
@@ -135,7 +140,8 @@ class Trainer:
                 tuned,
                 self.spec,
                 self.folder.id,
-                self._importance_beside() if self.attached.path is not None else None,
+                write_beside=self._importance_beside() if self.attached.path is not None else None,
+                initial=self.initial,
             )
         if wise and dist.get_rank() == 0:
             interpolate(Path(self.spec.model), tuned, wise.alpha, self.folder.artifact)

@@ -15,6 +15,7 @@ from typing import Any
 from training.errors import fail
 
 WORKSPACE_VARIABLE = "TENURE_WORKSPACE"
+MERGED_FOLDER = "merged"  # in an artifact: base and adapter as one model
 
 
 @dataclass(frozen=True)
