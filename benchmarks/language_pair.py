@@ -40,7 +40,7 @@ from training.worker import Job, Trainer, make_job
 from training.workspace import RunFolder, Workspace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from tiny import make_tiny_model
+from tiny import make_tiny_model  # type: ignore[import-not-found]
 
 SUMS = [{"question": f"what is {a}+{b}", "answer": str(a + b)} for a in range(10) for b in range(10)]
 DIFFERENCES = [{"question": f"what is {a}-{b}", "answer": str(a - b)} for a in range(10) for b in range(10)]
@@ -217,7 +217,7 @@ def summarise(results: list[dict[str, Any]], protections: list[str]) -> list[dic
 
 
 def mean(results: list[dict[str, Any]], name: str, task: str, key: str) -> float:
-    return statistics.mean(found[task][key] for found in results if found["protection"] == name)
+    return float(statistics.mean(found[task][key] for found in results if found["protection"] == name))
 
 
 if __name__ == "__main__":
