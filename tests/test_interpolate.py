@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import Command
 from conftest import WholeRun
-from jobs import run_of, start_job, train_here
+from jobs import plan_of, run_of, start_job, train_here
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_adapter, make_tiny_model
@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 
 from training.encoding import load_tokenizer
 from training.errors import TenureError
-from training.export import MERGED_FOLDER, save_merged
+from training.export import save_merged
 from training.interpolate import interpolate
 from training.models import hash_folder
 from training.scorecard import SuiteScore, Verdict, read_scorecard
 from training.wise import WiseCurve, WisePoint, find_best, find_knee, joined, read_curve
-from training.workspace import read_json
+from training.workspace import MERGED_FOLDER, read_json
 
 Tensors = dict[str, torch.Tensor]
 
@@ -153,6 +153,14 @@ def test_the_protection_exports_the_middle_and_keeps_what_was_tuned(
     train_here(wise)
     assert all(torch.equal(tensors(run.artifact)[name], tensor) for name, tensor in artifact.items())
     assert (run.tuned / "tenure.json").stat().st_mtime_ns == stood, "a resumed run interpolates what stands"
+
+
+def test_a_run_that_keeps_two_copies_plans_the_disk_for_them(tiny_model: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"tuning": {"type": "full"}}
+    plain = plan_of(start_job(tmp_path / "plain", tiny_model, **keys))
+    wise = plan_of(start_job(tmp_path / "wise", tiny_model, protections=[{"type": "wise", "alpha": 0.5}], **keys))
+    assert wise.disk_bytes - plain.disk_bytes == 4 * plain.model_parameters
+    assert wise.memory_per_worker_bytes == plain.memory_per_worker_bytes
 
 
 # --------------------------------------------------------------------------------------------------- curve

@@ -48,6 +48,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "deft": {"init_weights": False},
     "trainable_tokens": {"token_indices": list(range(40, 60))},
 }
+# These move far less than others at the same rate.
+RATES = {"pvera": 5e-2, "unilora": 5e-2, "vera": 5e-2}
 LORA: dict[str, dict[str, Any]] = {
     "rslora": {"options": {"use_rslora": True}},
     "dora": {"options": {"use_dora": True}},
@@ -65,9 +67,14 @@ TUNINGS: dict[str, dict[str, Any]] = {
     **{name: {"type": "lora", "rank": 4, "alpha": 8, **keys} for name, keys in LORA.items()},
     "partial": {"type": "partial", "parameters": ["model.layers.1.mlp.*", "*.input_layernorm.weight"]},
 }
+# Methods with buffers beside bf16 weights, or with transforms and decompositions.
+IN_BF16 = (
+    *("boft", "c3a", "delora", "dora", "fourierft", "frod", "hra", "oft", "osf", "prefix_tuning"),
+    *("pvera", "randlora", "tinylora", "unilora", "vera", "waveft"),
+)
 TRAINING: dict[str, Any] = {
-    "max_steps": 3,
-    "learning_rate": 2e-3,
+    "max_steps": 2,
+    "learning_rate": 5e-3,
     "micro_batch_size": 4,
     "schedule": "constant",
     "warmup_ratio": 0.0,
@@ -106,8 +113,8 @@ def jobs(ray_cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPathF
     scaling = {"workers": 2, "zero_stage": 2}
     planned = {}
     for name, tuning in TUNINGS.items():
-        for precision in ("fp32", "bf16"):
-            training = TRAINING | {"precision": precision}
+        for precision in ("fp32", "bf16") if name in IN_BF16 else ("fp32",):
+            training = TRAINING | {"precision": precision, "learning_rate": RATES.get(name, 5e-3)}
             path = write_spec(
                 folder / f"{name}-{precision}", tiny_model, tuning=tuning, training=training, scaling=scaling
             )
@@ -177,8 +184,8 @@ def test_what_vllm_does_not_take_as_an_adapter_is_merged_or_refused(
     torch.testing.assert_close(logits(base_model(folder)), live_logits(job), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", TUNINGS)
-def test_every_tuning_trains_in_bf16(jobs: dict[str, JobValues], tiny_model: Path, name: str) -> None:
+@pytest.mark.parametrize("name", IN_BF16)
+def test_buffers_and_transforms_go_with_weights_in_bf16(jobs: dict[str, JobValues], tiny_model: Path, name: str) -> None:
     job = jobs[f"{name} bf16"]
     live = live_logits(job)
     again = logits(reloaded(run_of(job).artifact, tiny_model))
@@ -207,8 +214,11 @@ def test_a_start_out_of_the_base_ends_as_plain_lora_of_twice_the_rank(jobs: dict
 # ------------------------------------------------------------------------------------------- in this process
 
 
-def test_lora_plus_moves_b_faster_by_its_ratio(one_process: None, tiny_model: Path, tmp_path: Path) -> None:
+def test_lora_plus_moves_b_faster_by_its_ratio(
+    one_process: None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Adam's first step moves every element by its rate, whatever the gradient."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
     tuning = {"type": "lora", "rank": 4, "learning_rate_ratio": 8.0, "options": {"init_lora_weights": False}}
     job = start_job(tmp_path, tiny_model, tuning=tuning, training=TRAINING | {"max_steps": 1})
     trainer = Trainer.start(Job(**job), run_of(job))
@@ -217,7 +227,7 @@ def test_lora_plus_moves_b_faster_by_its_ratio(one_process: None, tiny_model: Pa
     trainer.run()
     for name, moving in named.items():
         step = (moving.detach() - before[name]).abs().median().item()
-        assert step == pytest.approx(2e-3 * (8 if ".lora_B." in name else 1), rel=1e-2)
+        assert step == pytest.approx(5e-3 * (8 if ".lora_B." in name else 1), rel=1e-2)
 
 
 @pytest.mark.parametrize("name", ["lora-plus", "pissa", "osf", "tinylora", "vblora"])
@@ -363,7 +373,7 @@ def test_what_cannot_be_merged_is_not_exported_merged(tiny_model: Path, tmp_path
             {"type": "partial", "parameters": ["model.layers.7.mlp.*", "model.norm.weights"]},
             ["'model.layers.7.mlp.*' matches no parameter", "'model.norm.weights'", "model.norm.weight"],
         ),
-        ({"type": "vera", "options": {"target_modules": ["nothing"]}}, ["PEFT cannot put vera on", "nothing"]),
+        ({"type": "vera", "options": {"target_modules": ["nothing"]}}, ["PEFT cannot put vera on", "target_modules"]),
         ({"type": "c3a", "options": {"block_size": 7}}, ["PEFT cannot put c3a on"]),
         ({"type": "lora", "target_modules": ["qproj"], "options": {"use_dora": True}}, ["'qproj' names no linear"]),
     ],

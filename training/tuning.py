@@ -23,6 +23,7 @@ ADAPTER = "default"
 _OWN_TARGETS = frozenset({"adaption_prompt", "ia3", "ln_tuning", "trainable_tokens"})
 # These are built from the base's weights.
 _READ_WEIGHTS = frozenset({"frod", "shira"})
+_BUFFERS_LIKE_WEIGHTS = frozenset({"delora", "pvera", "tinylora", "unilora", "vera"})
 _NUM_VIRTUAL_TOKENS = 16
 # The largest block that C3A and VB-LoRA cut weights into, as in their papers.
 _LARGEST_BLOCK = 256
@@ -193,9 +194,15 @@ def _common_block(widths: Iterable[int]) -> int:
     return next((size for size in range(_LARGEST_BLOCK, 0, -1) if common % size == 0), 1)
 
 
-def align_buffers(model: torch.nn.Module) -> None:
-    """The first worker's buffers on every worker: an adapter's may come from an SVD, whose signs are the machine's."""
-    for buffer in model.buffers():
+def settle_buffers(model: torch.nn.Module, tuning: AnyTuning, dtype: torch.dtype) -> None:
+    """The first worker's buffers on every worker, in a dtype that goes with the engine's weights.
+
+    An adapter's may come from an SVD, whose signs are the machine's. DeepSpeed leaves buffers in fp32 (rotary
+    frequencies need it), which some methods multiply with weights in bf16.
+    """
+    for name, buffer in model.named_buffers():
+        if tuning.type in _BUFFERS_LIKE_WEIGHTS and f".{ADAPTER}." in f"{name}." and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
         whole = buffer.contiguous()
         dist.broadcast(whole, src=0)
         buffer.copy_(whole)

@@ -89,7 +89,7 @@ class Trainer:
         optimizer = engines.build_optimizer(model, spec.training, spec.tuning)
         engine = engines.start_engine(model, optimizer, spec, plan)
         if is_adapter(spec.tuning):
-            tuning.align_buffers(model)
+            tuning.settle_buffers(model, spec.tuning, dtype)
         layout = Layout.of_engine(engine)
         unclip = engines.unclipping(engine, spec.training.max_grad_norm)
         trainer = cls(
