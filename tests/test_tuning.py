@@ -185,7 +185,9 @@ def test_what_vllm_does_not_take_as_an_adapter_is_merged_or_refused(
 
 
 @pytest.mark.parametrize("name", IN_BF16)
-def test_buffers_and_transforms_go_with_weights_in_bf16(jobs: dict[str, JobValues], tiny_model: Path, name: str) -> None:
+def test_buffers_and_transforms_go_with_weights_in_bf16(
+    jobs: dict[str, JobValues], tiny_model: Path, name: str
+) -> None:
     job = jobs[f"{name} bf16"]
     live = live_logits(job)
     again = logits(reloaded(run_of(job).artifact, tiny_model))
