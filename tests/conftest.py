@@ -31,6 +31,15 @@ ROOT = Path(__file__).resolve().parents[1]
 be_quiet()
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a test does to the environment variables ends with it; scoring, for one, forgets a process group's."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray of four (shared) CPUs, whose workers import the package and the tests' helpers."""

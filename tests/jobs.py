@@ -134,7 +134,6 @@ def artifact_weights(artifact: Path) -> dict[str, torch.Tensor]:
 
 def train_here(job: JobValues) -> Trainer:
     """Run a job of one worker in this process; `single_process()` must be open."""
-    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it, and scoring in this process forgets it
     trainer = Trainer.start(Job(**job), run_of(job))
     trainer.run()
     return trainer
@@ -144,6 +143,7 @@ def train_here(job: JobValues) -> Trainer:
 def single_process(folder: Path) -> Iterator[None]:
     """A process group of this process alone, as Ray Train would have made it."""
     before = dict(os.environ)
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
     torch.set_num_threads(1)  # as in a worker of one CPU
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
     try:

@@ -136,7 +136,7 @@ def test_faults_of_memory_and_disk_say_what_to_do(
     monkeypatch.setattr(Trainer, "start", raises)
     run = RunFolder(tmp_path / "run")
     with capfd.disabled(), pytest.raises(TenureError) as caught:
-        train_worker({"spec": {}, "plan": {}, "prepared": "", "run": str(run.path), "spec_hash": ""})
+        train_worker({"spec": {}, "plan": {}, "prepared": "", "run": str(run.path), "spec_hash": "", "aids": {}})
     assert len(caught.value.problems) == 1
     assert what in str(caught.value)
     assert instead in str(caught.value)
