@@ -128,7 +128,7 @@ def learn(tasks: Sequence[Task], method: Method, setup: Setup, seed: int) -> Out
         begun = time.perf_counter()
         for rows in batches(len(task.labels), setup.batch_size, setup.steps, generator):
             optimizer.zero_grad()
-            task.loss(model, rows).backward()
+            task.loss(model, rows).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         accuracies.append([known.accuracy(model) for known in tasks])
         training_s += time.perf_counter() - begun
@@ -153,7 +153,7 @@ def batches(examples: int, size: int, steps: int, generator: torch.Generator) ->
     left = steps
     while left:
         order = torch.randperm(examples, generator=generator, device=generator.device)
-        epoch = order.split(size)[:left]
+        epoch = torch.split(order, size)[:left]
         yield from epoch
         left -= len(epoch)
 
@@ -235,17 +235,17 @@ def squares(estimator: str, model: torch.nn.Module, task: Task, rows: torch.Tens
     """
     named = dict(model.named_parameters())
     if estimator == "batch":
-        parts = rows.split(128)
+        parts = torch.split(rows, 128)
         return diagonal_fisher(named, ((1.0, task.loss(model, part)) for part in parts), len(parts))
     if estimator == "empirical":
-        return diagonal_fisher(named, ((1.0, task.loss(model, row)) for row in rows.split(1)), len(rows))
+        return diagonal_fisher(named, ((1.0, task.loss(model, row)) for row in torch.split(rows, 1)), len(rows))
     return diagonal_fisher(named, _losses_of_classes(model, task, rows), len(rows))
 
 
 def _losses_of_classes(model: torch.nn.Module, task: Task, rows: torch.Tensor) -> Iterator[tuple[float, torch.Tensor]]:
     with torch.no_grad():
         probabilities = task.log_probs(model, task.inputs[rows]).exp().tolist()
-    for row, weights in zip(rows.split(1), probabilities, strict=True):
+    for row, weights in zip(torch.split(rows, 1), probabilities, strict=True):
         for label, weight in enumerate(weights):
             yield weight, -task.log_probs(model, task.inputs[row])[0, label]
 

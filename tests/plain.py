@@ -52,8 +52,9 @@ def train_plainly(job: JobValues, batch_loss: BatchLoss) -> Plain:
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Four steps of warm-up, then half a cosine (warmup_ratio 0.2 of 20 steps)."""
-    return (step + 1) / 4 if step < 4 else 0.5 * (1 + math.cos(math.pi * (step - 4) / (steps - 4)))
+    """A fifth of the steps for warm-up, then half a cosine."""
+    up = round(0.2 * steps)
+    return (step + 1) / up if step < up else 0.5 * (1 + math.cos(math.pi * (step - up) / (steps - up)))
 
 
 def target_logits(model: torch.nn.Module, row: Encoded) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,23 +7,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from commands import Command
 from conftest import WholeRun
-from jobs import run_of, start_job, train_here
+from jobs import plan_of, run_of, start_job, train_here
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_tiny_adapter, make_tiny_model
 from transformers import AutoModelForCausalLM
 
+from training.encoding import load_tokenizer
 from training.errors import TenureError
-from training.export import MERGED_FOLDER, save_merged
+from training.export import save_merged
 from training.interpolate import interpolate
 from training.models import hash_folder
 from training.scorecard import SuiteScore, Verdict, read_scorecard
 from training.wise import WiseCurve, WisePoint, find_best, find_knee, joined, read_curve
-from training.workspace import read_json
+from training.workspace import MERGED_FOLDER, read_json
 
 Tensors = dict[str, torch.Tensor]
 
@@ -71,8 +73,6 @@ def test_the_ends_are_base_and_tuned_bit_for_bit_and_the_middle_is_known(tmp_pat
 def test_of_lora_the_product_is_scaled(tiny_model: Path, tmp_path: Path) -> None:
     adapter = make_tiny_adapter(tiny_model, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    from training.encoding import load_tokenizer
-
     tokenizer = load_tokenizer(tiny_model)
     tokenizer.save_pretrained(adapter)
     save_merged(tiny_model, adapter, adapter / MERGED_FOLDER, tokenizer)
@@ -117,8 +117,6 @@ def test_what_is_not_linear_or_does_not_match_is_refused_and_leaves_nothing(tiny
             interpolate(tiny_model, tiny_model, alpha, target)
     larger = tmp_path / "larger"
     shutil.copytree(tiny_model, larger)
-    from safetensors.torch import save_file
-
     whole = tensors(tiny_model)
     save_file(whole | {"model.norm.weight": torch.ones(65)}, larger / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TenureError, match=r"'model.norm.weight' of the tuned model has the shape \(65,\)"):
@@ -155,6 +153,14 @@ def test_the_protection_exports_the_middle_and_keeps_what_was_tuned(
     train_here(wise)
     assert all(torch.equal(tensors(run.artifact)[name], tensor) for name, tensor in artifact.items())
     assert (run.tuned / "tenure.json").stat().st_mtime_ns == stood, "a resumed run interpolates what stands"
+
+
+def test_a_run_that_keeps_two_copies_plans_the_disk_for_them(tiny_model: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"tuning": {"type": "full"}}
+    plain = plan_of(start_job(tmp_path / "plain", tiny_model, **keys))
+    wise = plan_of(start_job(tmp_path / "wise", tiny_model, protections=[{"type": "wise", "alpha": 0.5}], **keys))
+    assert wise.disk_bytes - plain.disk_bytes == 4 * plain.model_parameters
+    assert wise.memory_per_worker_bytes == plain.memory_per_worker_bytes
 
 
 # --------------------------------------------------------------------------------------------------- curve
@@ -224,7 +230,8 @@ def test_the_command_scores_alphas_and_reuses_what_stands(kept_run: WholeRun) ->
         command = Command.start("interpolate", run.id, *arguments, workspace=root)
         assert command.finish() == 0, command.err
         assert command.err == ""
-        assert [process.cmdline() for process in command.survivors()] == []
+        _, alive = psutil.wait_procs(command.survivors(), timeout=20)
+        assert alive == []
         return command.out
 
     before = hash_folder(run.artifact)

@@ -520,3 +520,26 @@ def test_what_a_checkpoint_restores_elsewhere_is_what_was_saved_bit_for_bit(
         for name, value in omega.items():
             assert torch.equal(value.flatten(), read("si.omega", name, 0, value.numel()))
     trainer.engine.destroy()
+
+
+@pytest.mark.parametrize("update", ["coupled", "proximal"])
+def test_what_is_detached_acts_no_more_and_the_optimizer_keeps_its_state(update: str) -> None:
+    theta = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.Adam([theta], lr=0.1)
+    layout = Layout.of_parameters({"theta": theta})
+    path = PathIntegral(layout, optimizer)
+    pull = QuadraticPull(layout, optimizer, strength=1.0, weights=None, update=update)
+    theta.grad = torch.ones(3)
+    optimizer.step()
+    recorded = path.omega[0].clone()
+    pull.detach()
+    path.detach()
+    with torch.no_grad():
+        theta.fill_(5.0)
+    theta.grad = torch.zeros(3)
+    moment = optimizer.state[theta]["exp_avg"].clone()
+    optimizer.step()
+    assert torch.equal(path.omega[0], recorded)
+    assert recorded.min() > 0
+    assert torch.allclose(optimizer.state[theta]["exp_avg"], 0.9 * moment), "no pull was in the gradient"
+    assert theta.min() > 4.8, "no pull moved the weights"

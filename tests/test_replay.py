@@ -23,9 +23,11 @@ from jobs import (
     weights,
 )
 from one_command import run_tenure
+from rich.console import Console
 from tiny_spec import write_rows, write_tiny_spec
 from torch.nn import functional
 
+from cluster.aids import ready_data
 from cluster.pipeline import plan_run, read_spec
 from training.batches import Schedule, micro_batches, share
 from training.encoding import Encoded
@@ -219,10 +221,10 @@ TRAINING = STEPS | {"max_steps": 8, "epochs": 2}
 @pytest.fixture(scope="module")
 def two_replaying(
     ray_cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, JobValues]:
-    """Full tuning with replay on two workers at ZeRO 0 and 3."""
+) -> dict[int | str, JobValues]:
+    """Full tuning with replay on two workers: given rows at ZeRO 0 and 3, and rows that the base writes."""
     folder = tmp_path_factory.mktemp("replaying")
-    jobs = {
+    jobs: dict[int | str, JobValues] = {
         stage: start_job(
             folder / str(stage),
             tiny_model,
@@ -234,6 +236,10 @@ def two_replaying(
         )
         for stage in (0, 3)
     }
+    written = [{"type": "replay", "generate": {"examples": 6, "max_new_tokens": 8}}]
+    job = start_job(folder / "written", tiny_model, workers=2, zero=1, training=TRAINING, protections=written)
+    data = ready_data(spec_of(job), Workspace.at(folder / "written" / "workspace"), Console(quiet=True))
+    jobs["written"] = job | {"prepared": str(data)}
     train_in_group(list(jobs.values()), 2, folder / "ray")
     return jobs
 
@@ -276,7 +282,7 @@ def in_plain_torch(job: JobValues) -> tuple[list[float], dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_two_workers_replay_as_plain_torch_does(two_replaying: dict[int, JobValues], stage: int) -> None:
+def test_two_workers_replay_as_plain_torch_does(two_replaying: dict[int | str, JobValues], stage: int) -> None:
     job = two_replaying[stage]
     curve, final = in_plain_torch(job)
     assert losses(job) == pytest.approx(curve, abs=1e-4)
@@ -284,7 +290,7 @@ def test_two_workers_replay_as_plain_torch_does(two_replaying: dict[int, JobValu
     assert max((given[name] - final[name]).abs().max().item() for name in given) < 1e-5
 
 
-def test_the_realised_shares_are_logged_and_told(two_replaying: dict[int, JobValues]) -> None:
+def test_the_realised_shares_are_logged_and_told(two_replaying: dict[int | str, JobValues]) -> None:
     job = two_replaying[0]
     rows = rows_of(run_of(job))
     steps = [row for row in rows if row["kind"] == "step"]
@@ -298,6 +304,17 @@ def test_the_realised_shares_are_logged_and_told(two_replaying: dict[int, JobVal
     realised = total["num_replay_target_tokens"] / total["num_target_tokens"]
     assert told["replayed target tokens"].endswith(f"({realised:.1%})")
     assert realised == pytest.approx(plan_of(job).replay_token_share or 0.0, abs=0.1)
+
+
+def test_rows_that_the_base_writes_in_a_task_are_replayed(two_replaying: dict[int | str, JobValues]) -> None:
+    job = two_replaying["written"]
+    steps = [row for row in rows_of(run_of(job)) if row["kind"] == "step"]
+    assert [row["num_replay"] for row in steps] == [2] * 8
+    assert all(row["num_replay_target_tokens"] > 0 for row in steps)
+    cache = run_of(job).path.parents[1] / "cache" / "replay"
+    assert sorted(file.suffix for file in cache.iterdir()) == [".json", ".jsonl", ".log"]
+    (rows,) = cache.glob("*.jsonl")
+    assert len(rows.read_text().splitlines()) == 6
 
 
 def test_a_resumed_run_replays_what_an_uninterrupted_one_does(

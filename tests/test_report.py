@@ -327,6 +327,18 @@ def test_later_rows_count_after_a_resume(tmp_path: Path) -> None:
     assert rows["tokens per second"] == f"{8400 / 2.7:,.0f}"
 
 
+def test_what_an_objective_logs_beside_the_loss_is_drawn(run: RunFolder) -> None:
+    assert "nats per target token" in html.unescape(render_html(run, scorecard()))
+    write_metrics(run.metrics, [step_row(step, accuracy=0.5, margin=0.1 * step) for step in range(1, 5)])
+    metrics = read_metrics(run.metrics)
+    assert metrics
+    assert dict(metrics.parts["margin"]) == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4})
+    page = html.unescape(render_html(run, scorecard()))
+    assert "Preference margin" in page
+    assert "Preference accuracy" in page
+    assert "nats per pair" in page
+
+
 def test_torn_lines_and_losses_that_are_not_finite_are_left_out_and_told(run: RunFolder) -> None:
     write_metrics(run.metrics, [step_row(1), step_row(2, loss=None), step_row(3)], torn='{"kind": "ste')
     page = html.unescape(render_html(run, scorecard()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from cluster.aids import ready_signals
 from cluster.pipeline import read_spec
 from training.encoding import Encoded
 from training.errors import TenureError
+from training.objectives import TokenObjective, Totals
 from training.prepare import Prepared, load_prepared, prepare
 from training.signals import Ask, SignalJob, Signals, compute_signals, signal_jobs
 from training.spec import RunSpec
@@ -208,6 +210,22 @@ def test_stm_masks_what_the_base_finds_unlikely() -> None:
     told = describe(data, Weighed(left, kept=kept))
     assert told == "stm masks 2 of 4 target tokens; 1 of 2 rows have none left"
     assert describe(data, Weighed(data)) == ""
+
+
+def test_replayed_rows_count_in_full_and_are_not_masked() -> None:
+    data = replace(prepared_of(2), replay=prepared_of(1, 2).train)
+    said = Said([-1.0, -3.0], [-9.0], [-9.0, -0.1])
+    assert flow_weights(data, said, Flow()) == pytest.approx([math.exp(-1), 1, 1])  # type: ignore[arg-type]
+    kept = stm_kept(data, said, Stm(threshold=3.0))  # type: ignore[arg-type]
+    assert kept.tolist() == [True, False, True, True, True]
+    left = masked(data, kept)
+    assert (left.train[0].num_targets, left.replay) == (1, data.replay)
+    assert describe(data, Weighed(left, kept=kept)) == "stm masks 1 of 2 target tokens"
+    with pytest.raises(TenureError, match="nothing is left to learn"):
+        stm_kept(data, said, Stm(threshold=1.5))  # type: ignore[arg-type]
+    weighed = Weighed(left, weights=(0.5, 1.0, 1.0), kept=kept)
+    objective = TokenObjective(None, weighed, 0, 1.0, ())  # type: ignore[arg-type]
+    assert objective.totals([0, 2]) == Totals(3, 2.5)
 
 
 def test_stm_that_leaves_nothing_is_refused() -> None:

@@ -114,7 +114,8 @@ training:
         (
             "3: tuning.rnak",
             "unknown key 'rnak'",
-            "did you mean 'rank'? known: alpha, dropout, rank, target_modules, type",
+            "did you mean 'rank'? known: alpha, bits, dropout, learning_rate_ratio, options, rank, target_modules, "
+            "type",
         ),
         (
             "6: data.train[0].path",
@@ -200,10 +201,10 @@ def test_a_wrong_value_is_one_problem_at_its_key(folder: Path, old: str, new: st
         ),
         (
             "scaling:",
-            "protections: [{type: l2sp, strength: 0.1}]\nscaling:",
+            "protections: [{type: l2sp, strength: 0.1, update: proximal}]\nscaling:",
             "14: protections[0]",
-            "l2sp pulls full weights towards the base, and LoRA leaves those untouched",
-            "use tuning: {type: full}",
+            "l2sp on the product of LoRA's matrices has no proximal step",
+            "set update: coupled",
         ),
         (
             "name: text,",

@@ -140,9 +140,7 @@ def test_workers_and_accumulation_are_interchangeable(
 
 @pytest.mark.parametrize("stage", range(1, 4))
 @pytest.mark.parametrize("name", ["lora", "full"])
-def test_bf16_trains_where_masters_are_kept(
-    two_workers: dict[str, JobValues], name: str, stage: int
-) -> None:
+def test_bf16_trains_where_masters_are_kept(two_workers: dict[str, JobValues], name: str, stage: int) -> None:
     job = two_workers[f"{name} bf16 {stage}"]
     curve = losses(job)
     assert len(curve) == 20

@@ -36,7 +36,7 @@ from training.peft_methods import REFUSED_METHODS, UNMERGEABLE, method_names
 from training.scoring import ScoreJob, read_scores, score_model
 from training.spec import RunSpec
 from training.specfile import load_spec
-from training.strategy import Lora, is_served_as_adapter, tuning_refusal, unmergeable
+from training.strategy import Lora, is_served_as_adapter, missing_package, tuning_refusal, unmergeable
 from training.worker import Job, Trainer, make_job
 from training.workspace import MERGED_FOLDER, RunFolder, Workspace, read_json
 
@@ -186,7 +186,9 @@ def test_what_vllm_does_not_take_as_an_adapter_is_merged_or_refused(
 
 
 @pytest.mark.parametrize("name", IN_BF16)
-def test_buffers_and_transforms_go_with_weights_in_bf16(jobs: dict[str, JobValues], tiny_model: Path, name: str) -> None:
+def test_buffers_and_transforms_go_with_weights_in_bf16(
+    jobs: dict[str, JobValues], tiny_model: Path, name: str
+) -> None:
     job = jobs[f"{name} bf16"]
     live = live_logits(job)
     again = logits(reloaded(run_of(job).artifact, tiny_model))
@@ -347,10 +349,11 @@ def test_a_base_of_4_bits_goes_with_a_gpu_bitsandbytes_and_zero_up_to_2(monkeypa
     assert [tuning_refusal(tuning, stage, 1) is None for stage in range(4)] == [True, True, True, False]
     assert all(tuning_refusal(tuning, stage, 0) for stage in range(4))
     monkeypatch.setattr("training.strategy.find_spec", lambda name: None)
-    refusal = tuning_refusal(tuning, 0, 1)
-    assert refusal is not None
-    assert "tenure[qlora]" in refusal[1]
+    missing = missing_package(tuning)
+    assert missing is not None
+    assert "tenure[qlora]" in missing[1]
     assert tuning_refusal(Lora(), 3, 0) is None
+    assert missing_package(Lora()) is None
 
 
 def test_bf16_at_zero_0_is_refused(tmp_path: Path) -> None:

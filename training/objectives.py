@@ -75,8 +75,8 @@ class TargetLogits:
         """
         labels = batch["labels"]
         following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
-        self._length = labels.shape[1]
         found = (following != IGNORE).nonzero().squeeze(1)
+        self._length = labels.shape[1]
         self._index = found if found.numel() else labels.new_zeros(1)
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         return Targets(logits, following[found], found // labels.shape[1])

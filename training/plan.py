@@ -19,6 +19,7 @@ from training.strategy import (
     Lora,
     Replay,
     Si,
+    Wise,
     is_adapter,
     merges_by_itself,
     moves_base,
@@ -270,7 +271,8 @@ def estimate_disk(spec: RunSpec, info: ModelInfo, trainable: int) -> int:
     adapter = is_adapter(spec.tuning)
     merged = info.num_parameters * 4 if (adapter and spec.export.merged) or merges_by_itself(spec.tuning) else 0
     artifact = trainable * 4 if adapter else info.num_parameters * 4
-    return checkpoint * (spec.training.keep_checkpoints + 1) + artifact + merged
+    copies = 2 if spec.protection(Wise) else 1  # what was tuned stays beside what is exported
+    return checkpoint * (spec.training.keep_checkpoints + 1) + copies * (artifact + merged)
 
 
 def _micro_batch_size(spec: RunSpec) -> int:

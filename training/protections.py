@@ -7,8 +7,9 @@ here knows DeepSpeed: a `Layout` of plain parameters and any torch optimizer do 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -48,7 +49,8 @@ class QuadraticPull:
         else:
             self._handle = optimizer.register_step_post_hook(self._pull_back)
             # It is part of the step, so whoever watches what the step did to the weights comes after it.
-            optimizer._optimizer_step_post_hooks.move_to_end(self._handle.id, last=False)
+            hooks = cast("OrderedDict[int, Any]", optimizer._optimizer_step_post_hooks)
+            hooks.move_to_end(self._handle.id, last=False)
 
     def detach(self) -> None:
         """Pull no more; the optimizer keeps its state."""

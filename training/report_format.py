@@ -81,7 +81,7 @@ def wise_lines(curve: WiseCurve) -> tuple[str, ...]:
     """Which alpha to take, one sentence each."""
     best = "No alpha tried keeps the contract."
     if curve.best is not None:
-        best = f"Of those that keep the contract, alpha {curve.best:g} gains most."
+        best = f"Of those that keep the contract, alpha {curve.best:g} gains most (of several alike, the smallest)."
     if curve.knee is None:
         return (best, "There is no knee: no alpha between the ends keeps more of the gain than it loses.")
     return (best, f"The knee is at alpha {curve.knee:g}: the largest share of the gain less the share of the loss.")

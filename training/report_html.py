@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from training import report_format as text
 from training.errors import fail
-from training.report_metrics import Metrics, cost_rows, read_metrics
+from training.report_metrics import Metrics, Points, cost_rows, read_metrics
 from training.report_plots import COLOURS, Line, draw_changes, draw_curves, points_per_mean
 from training.scorecard import Item, Scorecard, SuiteScore
 from training.wise import WiseCurve, read_curve
@@ -124,13 +124,29 @@ def _of_fate(suite: SuiteScore, items: Iterable[Item], fate: int) -> list[Item]:
 
 def _charts(metrics: Metrics) -> list[Chart]:
     validation = [Line(name, points) for name, points in metrics.validation.items()]
+    learned = "pair" if "margin" in metrics.parts else "target token"
     charts = (
-        _step_chart(metrics, "loss", "Training loss", "nats per target token"),
+        _step_chart(metrics, "loss", "Training loss", f"nats per {learned}"),
+        *(_part_chart(name, points) for name, points in metrics.parts.items()),
         _chart("validation", "Validation loss", validation, "nats per target token"),
         _step_chart(metrics, "learning_rate", "Learning rate", ""),
         _step_chart(metrics, "grad_norm", "Gradient norm", "before clipping"),
     )
     return [chart for chart in charts if chart]
+
+
+_PARTS = {
+    "cross_entropy": ("Cross-entropy in training", "nats per target token"),
+    "divergence": ("Divergence from the teacher", "nats per target token, without its factors"),
+    "kl": ("KL from the base", "nats per target token, without its factors"),
+    "accuracy": ("Preference accuracy", "share of the step's pairs whose chosen answer has the higher log-ratio"),
+    "margin": ("Preference margin", "beta times the difference of the answers' log-ratios, a mean over pairs"),
+}
+
+
+def _part_chart(name: str, points: Points) -> Chart | None:
+    title, unit = _PARTS[name]
+    return _chart(name, title, [Line(title, points)], unit)
 
 
 def _wise_charts(curve: WiseCurve) -> list[Chart]:

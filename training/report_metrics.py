@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from training.report_format import duration_text
 
+# What objectives log beside the loss, each a mean over the global batch.
+PARTS = ("cross_entropy", "divergence", "kl", "accuracy", "margin")
 Points = tuple[tuple[int, float], ...]  # (step, value), steps ascending
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step; a value that was not finite is nan."""
+    """One optimizer step; a value that was not finite is nan. `parts` are what its objective logs beside the loss."""
 
     step: int
     loss: float
@@ -27,6 +29,7 @@ class Step:
     num_rows: int = 0
     num_replay: int = 0
     num_replay_target_tokens: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,14 @@ class Metrics:
         """(step, value) of one field of the steps, those that are finite."""
         points = ((step.step, float(getattr(step, name))) for step in self.steps)
         return tuple((step, value) for step, value in points if math.isfinite(value))
+
+    @property
+    def parts(self) -> dict[str, Points]:
+        """(step, value) of what the objective logs beside the loss, by name."""
+        names = list(dict.fromkeys(name for step in self.steps for name in step.parts))
+        return {
+            name: tuple((step.step, step.parts[name]) for step in self.steps if name in step.parts) for name in names
+        }
 
 
 def read_metrics(path: Path) -> Metrics | None:
@@ -126,6 +137,7 @@ def _parse(line: str) -> Step | tuple[tuple[str, int], float] | None:
         num_rows=int(row.get("num_rows", 0)),
         num_replay=int(row.get("num_replay", 0)),
         num_replay_target_tokens=int(row.get("num_replay_target_tokens", 0)),
+        parts={name: float(row[name]) for name in PARTS if name in row},
     )
 
 

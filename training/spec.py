@@ -34,6 +34,7 @@ from training.strategy import (
     Sft,
     Tuning,
     known_model,
+    missing_package,
     refusals,
     tuning_refusal,
     unmergeable,
@@ -232,8 +233,10 @@ class RunSpec(Section):
             return value
         stages = range(4) if value.zero_stage == "auto" else (value.zero_stage,)
         found = [tuning_refusal(info.data["tuning"], stage, value.gpus_per_worker) for stage in stages]
-        if found[0] and all(found):
-            raise fault(*found[0])
+        missing = missing_package(info.data["tuning"]) if (info.context or {}).get("look_at_files") else None
+        reason = found[0] if all(found) else missing
+        if reason:
+            raise fault(*reason)
         return value
 
     @field_validator("training")

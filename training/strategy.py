@@ -183,10 +183,15 @@ def tuning_refusal(tuning: AnyTuning, zero_stage: int, gpus_per_worker: int) -> 
     if isinstance(tuning, Lora) and tuning.bits:
         if gpus_per_worker == 0:
             return "a base of 4 bits needs a GPU", "set scaling.gpus_per_worker: 1, or remove tuning.bits"
-        if find_spec("bitsandbytes") is None:
-            return "a base of 4 bits needs bitsandbytes, which is not installed", "run: pip install 'tenure[qlora]'"
         if zero_stage == 3:
             return "ZeRO 3 cannot shard a base of 4 bits", "set scaling.zero_stage: 2, or remove tuning.bits"
+    return None
+
+
+def missing_package(tuning: AnyTuning) -> tuple[str, str] | None:
+    """A package that a tuning needs and that is not installed here; None when all are."""
+    if isinstance(tuning, Lora) and tuning.bits and find_spec("bitsandbytes") is None:
+        return "a base of 4 bits needs bitsandbytes, which is not installed", "run: pip install 'tenure[qlora]'"
     return None
 
 

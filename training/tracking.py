@@ -14,9 +14,10 @@ from training.judge import package_versions
 from training.models import hash_file, hash_folder
 from training.plan import Plan
 from training.quiet import be_quiet
+from training.report_metrics import PARTS
 from training.scorecard import Scorecard
 from training.spec import RunSpec
-from training.strategy import Replay
+from training.strategy import Distill, Replay
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
 if TYPE_CHECKING:
@@ -29,10 +30,13 @@ def collect_lineage(spec: RunSpec, spec_hash: str) -> dict[str, Any]:
     """Everything that a run came from: hashes of data, base model and spec, package versions, commit."""
     sources = [source.path for source in spec.data.train]
     suites = [suite.path for suite in spec.suites.all]
+    models = {"base_model": spec.model}
+    if isinstance(spec.objective, Distill):
+        models["teacher"] = spec.objective.teacher
     replay = spec.protection(Replay)
     return {
         "spec": spec_hash,
-        "base_model": {"path": spec.model, "sha256": hash_folder(Path(spec.model))},
+        **{name: {"path": path, "sha256": hash_folder(Path(path))} for name, path in models.items()},
         "train": {str(path): hash_file(path) for path in sources},
         **({"replay": {str(path): hash_file(path) for path in replay.files}} if replay else {}),
         "suites": {str(path): hash_file(path) for path in suites},
@@ -100,8 +104,8 @@ def log_metrics(workspace: Workspace, run: RunFolder, tracking_id: str) -> None:
     for line in run.metrics.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["kind"] == "step":
-            names = ("loss", "learning_rate", "grad_norm", "num_tokens", "seconds")
-            latest |= {(name, row["step"]): row[name] for name in names if row[name] is not None}
+            names = ("loss", *PARTS, "learning_rate", "grad_norm", "num_tokens", "seconds")
+            latest |= {(name, row["step"]): row[name] for name in names if row.get(name) is not None}
         elif row["kind"] == "validation":
             latest[f"validation/{row['suite']}", row["step"]] = row["loss"]
     stamp = int(run.metrics.stat().st_mtime * 1000)

@@ -103,7 +103,7 @@ def measure(arguments: argparse.Namespace, accumulation: int, gpu: bool) -> dict
     model = make_model(arguments.shape, gpu)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     spec, plan = describe(arguments.rows, accumulation, parameters)
-    optimizer = engines.build_optimizer(model, spec.training)
+    optimizer = engines.build_optimizer(model, spec.training, spec.tuning)
     engine = engines.start_engine(model, optimizer, spec, plan)
     layout = Layout.of_engine(engine)
     vocabulary = SHAPES[arguments.shape]["vocab_size"]
