@@ -37,6 +37,7 @@ from training.scoring import ScoreJob, read_scores, score_model
 from training.spec import RunSpec
 from training.specfile import load_spec
 from training.strategy import Lora, is_served_as_adapter, missing_package, tuning_refusal, unmergeable
+from training.tuning import load_base_for
 from training.worker import Job, Trainer, make_job
 from training.workspace import MERGED_FOLDER, RunFolder, Workspace, read_json
 
@@ -388,3 +389,24 @@ def test_what_does_not_fit_the_model_is_told_when_planning(
     with pytest.raises(TenureError) as caught:
         start_job(tmp_path, tiny_model, tuning=tuning, training=TRAINING)
     assert all(part in str(caught.value) for part in told), str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_base_of_4_bits_trains_an_adapter_for_that_base(
+    one_process: None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """On the CPU, which bitsandbytes knows too, though slowly: the refusal is put out of the way."""
+    pytest.importorskip("bitsandbytes")
+    for module in ("spec", "plan"):
+        monkeypatch.setattr(f"training.{module}.tuning_refusal", lambda *given: None)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    job = start_job(tmp_path, tiny_model, zero=stage, tuning={"type": "lora", "bits": 4}, training=TRAINING)
+    trainer = Trainer.start(Job(**job), run_of(job))
+    assert {parameter.dtype for parameter in trainer.engine.module.parameters()} == {torch.uint8, torch.float32}
+    trainer.run()
+    keep_logits(trainer, run_of(job))
+    base = load_base_for(spec_of(job).tuning, tiny_model, torch.float32)
+    again = PeftModel.from_pretrained(base, str(run_of(job).artifact))
+    torch.testing.assert_close(logits(again), live_logits(job), atol=1e-4, rtol=0)
+    moving = sum(parameter.numel() for parameter in trainer.engine.module.parameters() if parameter.requires_grad)
+    assert moving == plan_of(job).trainable_parameters

@@ -53,7 +53,7 @@ def load_base_for(tuning: AnyTuning, folder: Path, dtype: torch.dtype) -> PreTra
         use_safetensors=True,
         trust_remote_code=False,
         quantization_config=quantised,
-        device_map={"": torch.cuda.current_device()},
+        device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
     )
     prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return prepared
