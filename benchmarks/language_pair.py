@@ -40,7 +40,7 @@ from training.worker import Job, Trainer, make_job
 from training.workspace import RunFolder, Workspace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from tiny import make_tiny_model  # type: ignore[import-not-found]
+from tiny import make_tiny_model
 
 SUMS = [{"question": f"what is {a}+{b}", "answer": str(a + b)} for a in range(10) for b in range(10)]
 DIFFERENCES = [{"question": f"what is {a}-{b}", "answer": str(a - b)} for a in range(10) for b in range(10)]

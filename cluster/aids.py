@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.importance import ready_importances
+from cluster.passes import ready_importances
 from cluster.tasks import run_tasks
 from training.generate import replay_job, write_replay
 from training.plan import Plan

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import pipeline
+from cluster.screen import facts
 from training.encoding import Encoded, load_tokenizer
 from training.plan import GIB, Plan, describe_replay
 from training.prepare import load_prepared
@@ -41,23 +42,21 @@ def show_check(spec_path: Path, workspace: Workspace) -> None:
 def plan_table(plan: Plan, replay: Replay | None = None) -> Table:
     """The plan in words and units."""
     share = plan.trainable_parameters / plan.model_parameters
-    rows = {
-        "model": f"{plan.model_parameters:,} parameters",
-        "trainable": f"{plan.trainable_parameters:,} ({share:.2%})",
-        "ZeRO stage": str(plan.zero_stage),
-        "batch": f"{plan.global_batch_size} = {plan.workers} workers x {plan.accumulation_steps} "
-        f"accumulated x {plan.micro_batch_size}",
-        "steps": f"{plan.steps} ({plan.steps_per_epoch} an epoch)",
-        "examples": f"{plan.num_examples:,} ({plan.num_overlong} longer than max_length)",
-        "tokens": f"{plan.num_tokens_per_epoch:,} an epoch, {plan.num_target_tokens_per_epoch:,} carry loss",
-        **({"replay": describe_replay(plan, replay.share)} if replay else {}),
-        "memory": f"about {plan.memory_per_worker_bytes / GIB:.1f} GiB a worker (estimated)",
-        "disk": f"about {plan.disk_bytes / GIB:.2f} GiB",
-    }
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in rows.items():
-        table.add_row(f"[dim]{name}[/]", value)
-    return table
+    return facts(
+        {
+            "model": f"{plan.model_parameters:,} parameters",
+            "trainable": f"{plan.trainable_parameters:,} ({share:.2%})",
+            "ZeRO stage": str(plan.zero_stage),
+            "batch": f"{plan.global_batch_size} = {plan.workers} workers x {plan.accumulation_steps} "
+            f"accumulated x {plan.micro_batch_size}",
+            "steps": f"{plan.steps} ({plan.steps_per_epoch} an epoch)",
+            "examples": f"{plan.num_examples:,} ({plan.num_overlong} longer than max_length)",
+            "tokens": f"{plan.num_tokens_per_epoch:,} an epoch, {plan.num_target_tokens_per_epoch:,} carry loss",
+            **({"replay": describe_replay(plan, replay.share)} if replay else {}),
+            "memory": f"about {plan.memory_per_worker_bytes / GIB:.1f} GiB a worker (estimated)",
+            "disk": f"about {plan.disk_bytes / GIB:.2f} GiB",
+        }
+    )
 
 
 def preview_text(example: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:

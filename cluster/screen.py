@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 
 from training.errors import TenureError
 
@@ -34,6 +35,14 @@ def print_error(error: TenureError) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for problem in error.problems:
         console.print(f"[bold red]error:[/] {escape(str(problem))}")
+
+
+def facts(rows: dict[str, str]) -> Table:
+    """Names and values below each other."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(f"[dim]{name}[/]", value)
+    return table
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tiny import make_tiny_model
 
 from cluster.cli import cli
-from cluster.importance import print_importance, ready_importances
+from cluster.importance import print_importance
+from cluster.passes import ready_importances
 from cluster.pipeline import plan_run, read_spec
 from training.errors import TenureError
 from training.importance import INFO_FILE, TENSORS_FILE, open_importance, read_info, write_importance

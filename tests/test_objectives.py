@@ -31,9 +31,10 @@ from tiny import make_tiny_model
 
 from training.batches import Schedule
 from training.encoding import Encoded
-from training.objectives import DpoObjective, Targets, TokenObjective, Totals, switched_off
+from training.objectives import DpoObjective, TokenObjective, Totals, switched_off
 from training.prepare import Prepared, load_prepared
 from training.spec import RunSpec
+from training.targets import Targets
 from training.tuning import load_base
 from training.weighing import Weighed
 from training.worker import Job, Trainer

@@ -12,8 +12,9 @@ from test_tuning import TUNINGS
 
 from training.batches import collate
 from training.encoding import Encoded
-from training.objectives import TargetLogits, switched_off
+from training.objectives import switched_off
 from training.strategy import Tuning, is_adapter, moves_base
+from training.targets import TargetLogits
 from training.tuning import apply_tuning, load_base
 
 BATCH = collate([Encoded((5, 9, 17, 33, 45), (False,) + (True,) * 4), Encoded((5, 44, 8), (False, True, True))], 0)

@@ -176,7 +176,7 @@ def _answers(ask: Ask, rows: Sequence[Encoded]) -> Iterator[tuple[int, dict[str,
     import torch
 
     from training.batches import collate
-    from training.objectives import TargetLogits
+    from training.targets import TargetLogits
     from training.tuning import load_base
 
     gpu = torch.cuda.is_available()

@@ -214,15 +214,29 @@ Update = Literal["auto", "coupled", "proximal"]
 Normalise = Literal["mean", "max", "none"]
 
 
-class L2sp(Section):
-    """A pull towards the starting weights: strength/2 times the squared distance (arXiv 1802.01483)."""
+class _Pull(Section):
+    """What every pull towards the starting weights has."""
 
-    type: Literal["l2sp"] = "l2sp"
     strength: Positive
     update: Update = "auto"
 
 
-class Ewc(Section):
+class _WeighedPull(_Pull):
+    """What a pull has that weighs weights by importance: where that comes from, and how it is used."""
+
+    normalise: Normalise = "mean"
+    stored: Literal["fp32", "bf16"] = "fp32"
+    importance: ImportanceFolder | None = None
+    data: tuple[Source, ...] = ()
+
+
+class L2sp(_Pull):
+    """A pull towards the starting weights: strength/2 times the squared distance (arXiv 1802.01483)."""
+
+    type: Literal["l2sp"] = "l2sp"
+
+
+class Ewc(_WeighedPull):
     """Elastic weight consolidation (arXiv 1612.00796): strength/2 times the Fisher-weighted squared distance.
 
     The diagonal Fisher information is read from `importance`, or computed once on `data` with the base model:
@@ -231,12 +245,6 @@ class Ewc(Section):
     """
 
     type: Literal["ewc"] = "ewc"
-    strength: Positive
-    update: Update = "auto"
-    normalise: Normalise = "mean"
-    stored: Literal["fp32", "bf16"] = "fp32"
-    importance: ImportanceFolder | None = None
-    data: tuple[Source, ...] = ()
     estimator: Literal["exact", "empirical"] = "exact"
     examples: Count = 256
     previous: ImportanceFolder | None = None
@@ -255,7 +263,7 @@ class Ewc(Section):
         return self
 
 
-class Si(Section):
+class Si(_WeighedPull):
     """Synaptic intelligence (arXiv 1703.04200): strength times the path-weighted squared distance.
 
     The importance comes from an earlier task's run (`importance`), or from a consolidation pass: training on `data`
@@ -266,12 +274,6 @@ class Si(Section):
     """
 
     type: Literal["si"] = "si"
-    strength: Positive
-    update: Update = "auto"
-    normalise: Normalise = "mean"
-    stored: Literal["fp32", "bf16"] = "fp32"
-    importance: ImportanceFolder | None = None
-    data: tuple[Source, ...] = ()
     steps: Count = 50
     learning_rate: Positive = 1e-5
     xi: Positive = 1e-3
