@@ -25,6 +25,7 @@ from jobs import (
 )
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import TypeAdapter
 from tiny_spec import write_tiny_spec
 from transformers import AutoModelForCausalLM
 
@@ -36,8 +37,16 @@ from training.peft_methods import REFUSED_METHODS, UNMERGEABLE, method_names
 from training.scoring import ScoreJob, read_scores, score_model
 from training.spec import RunSpec
 from training.specfile import load_spec
-from training.strategy import Lora, is_served_as_adapter, missing_package, tuning_refusal, unmergeable
-from training.tuning import load_base_for
+from training.strategy import (
+    Lora,
+    Tuning,
+    is_served_as_adapter,
+    missing_package,
+    moves_base,
+    tuning_refusal,
+    unmergeable,
+)
+from training.tuning import apply_tuning, load_base, load_base_for
 from training.worker import Job, Trainer, make_job
 from training.workspace import MERGED_FOLDER, RunFolder, Workspace, read_json
 
@@ -410,3 +419,20 @@ def test_a_base_of_4_bits_trains_an_adapter_for_that_base(
     torch.testing.assert_close(logits(again), live_logits(job), atol=1e-4, rtol=0)
     moving = sum(parameter.numel() for parameter in trainer.engine.module.parameters() if parameter.requires_grad)
     assert moving == plan_of(job).trainable_parameters
+
+
+@pytest.mark.parametrize("name", [name for name, tuning in TUNINGS.items() if tuning["type"] != "partial"])
+def test_a_switched_off_adapter_gives_the_base_back_unless_it_changes_it(tiny_model: Path, name: str) -> None:
+    """What comparing with the base while training rests on."""
+    tuning = TypeAdapter(Tuning).validate_python(TUNINGS[name])
+    torch.manual_seed(0)
+    model: Any = apply_tuning(load_base(tiny_model, torch.float32), tuning)
+    before = logits(base_model(tiny_model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    assert (logits(model) - before).abs().max() > 1e-3
+    with model.disable_adapter():
+        given_back = (logits(model) - before).abs().max() < 1e-5
+    assert given_back == (not moves_base(tuning))
