@@ -25,6 +25,7 @@ from jobs import (
 )
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import TypeAdapter
 from tiny_spec import write_tiny_spec
 from transformers import AutoModelForCausalLM
 
@@ -36,10 +37,20 @@ from training.peft_methods import REFUSED_METHODS, UNMERGEABLE, method_names
 from training.scoring import ScoreJob, read_scores, score_model
 from training.spec import RunSpec
 from training.specfile import load_spec
-from training.strategy import Lora, is_served_as_adapter, missing_package, tuning_refusal, unmergeable
+from training.strategy import (
+    Lora,
+    Tuning,
+    is_served_as_adapter,
+    missing_package,
+    moves_base,
+    tuning_refusal,
+    unmergeable,
+)
+from training.tuning import apply_tuning, load_base, load_base_for
 from training.worker import Job, Trainer, make_job
 from training.workspace import MERGED_FOLDER, RunFolder, Workspace, read_json
 
+pytestmark = pytest.mark.timeout(1200)  # the group of all jobs is one test's setup
 IDS = (5, 9, 17, 33, 65, 129, 3, 77, 101, 44, 8, 19)
 STAGES = (0, 2, 3)
 # Tokens of the sums. From its own first values most of DEFT's gradients are rounding noise around zero, which Adam
@@ -69,7 +80,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
 }
 # Methods with buffers beside bf16 weights, or with transforms and decompositions.
 IN_BF16 = (
-    *("boft", "c3a", "delora", "dora", "fourierft", "frod", "hra", "oft", "osf", "prefix_tuning"),
+    *("boft", "c3a", "delora", "dora", "fourierft", "hra", "oft", "osf", "prefix_tuning"),
     *("pvera", "randlora", "tinylora", "unilora", "vera", "waveft"),
 )
 TRAINING: dict[str, Any] = {
@@ -387,3 +398,41 @@ def test_what_does_not_fit_the_model_is_told_when_planning(
     with pytest.raises(TenureError) as caught:
         start_job(tmp_path, tiny_model, tuning=tuning, training=TRAINING)
     assert all(part in str(caught.value) for part in told), str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_base_of_4_bits_trains_an_adapter_for_that_base(
+    one_process: None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """On the CPU, which bitsandbytes knows too, though slowly: the refusal is put out of the way."""
+    pytest.importorskip("bitsandbytes")
+    for module in ("spec", "plan"):
+        monkeypatch.setattr(f"training.{module}.tuning_refusal", lambda *given: None)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    job = start_job(tmp_path, tiny_model, zero=stage, tuning={"type": "lora", "bits": 4}, training=TRAINING)
+    trainer = Trainer.start(Job(**job), run_of(job))
+    assert {parameter.dtype for parameter in trainer.engine.module.parameters()} == {torch.uint8, torch.float32}
+    trainer.run()
+    keep_logits(trainer, run_of(job))
+    base = load_base_for(spec_of(job).tuning, tiny_model, torch.float32)
+    again = PeftModel.from_pretrained(base, str(run_of(job).artifact))
+    torch.testing.assert_close(logits(again), live_logits(job), atol=1e-4, rtol=0)
+    moving = sum(parameter.numel() for parameter in trainer.engine.module.parameters() if parameter.requires_grad)
+    assert moving == plan_of(job).trainable_parameters
+
+
+@pytest.mark.parametrize("name", [name for name, tuning in TUNINGS.items() if tuning["type"] != "partial"])
+def test_a_switched_off_adapter_gives_the_base_back_unless_it_changes_it(tiny_model: Path, name: str) -> None:
+    """What comparing with the base while training rests on."""
+    tuning = TypeAdapter(Tuning).validate_python(TUNINGS[name])
+    torch.manual_seed(0)
+    model: Any = apply_tuning(load_base(tiny_model, torch.float32), tuning)
+    before = logits(base_model(tiny_model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    assert (logits(model) - before).abs().max() > 1e-3
+    with model.disable_adapter():
+        given_back = (logits(model) - before).abs().max() < 1e-5
+    assert given_back == (not moves_base(tuning))

@@ -16,7 +16,6 @@ Method = Literal[
     "deft",
     "delora",
     "fourierft",
-    "frod",
     "glora",
     "gralora",
     "hira",
@@ -46,11 +45,13 @@ Method = Literal[
     "waveft",
 ]
 
-_NOT_SAVED = "its basis is an SVD of the base that every load computes anew and the adapter does not hold"
+# With the base in another dtype, or on another machine, the basis comes out otherwise and the adapter means nothing.
+_NOT_SAVED = "its basis is decomposed from the base anew at every load, and the adapter does not hold all of it"
 REFUSED_METHODS: dict[str, str] = {
     "adalora": "it prunes ranks between steps and penalises its loss, both outside what DeepSpeed's masters keep",
     "adamss": _NOT_SAVED,
     "cpt": "its prompt is made of labelled examples, with a loss and a projection step of its own",
+    "frod": _NOT_SAVED,
     "multitask_prompt_tuning": "it needs several tasks, and their numbers with every row",
     "poly": "it needs several tasks, and their numbers with every row",
     "psoft": _NOT_SAVED,
@@ -79,7 +80,6 @@ _SET_BY_TENURE: dict[str, str] = {
     "num_transformer_submodules": "it is read from the model",
     "peft_type": "it is the tuning's type",
     "peft_version": "it is the installed one",
-    "progressbar": "workers show none",
     "revision": "it belongs to the spec's model",
     "task_type": "it is always CAUSAL_LM",
     "token_dim": "it is read from the model",

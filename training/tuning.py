@@ -21,8 +21,8 @@ from training.strategy import AnyTuning, Full, Lora, Partial, Peft
 ADAPTER = "default"
 # These choose their modules by the model's architecture, or by options of their own.
 _OWN_TARGETS = frozenset({"adaption_prompt", "ia3", "ln_tuning", "trainable_tokens"})
-# These are built from the base's weights.
-_READ_WEIGHTS = frozenset({"frod", "shira"})
+# It looks at the base's weights for places of its own.
+_READ_WEIGHTS = frozenset({"shira"})
 _BUFFERS_LIKE_WEIGHTS = frozenset({"delora", "pvera", "tinylora", "unilora", "vera"})
 _NUM_VIRTUAL_TOKENS = 16
 # The largest block that C3A and VB-LoRA cut weights into, as in their papers.
@@ -53,7 +53,7 @@ def load_base_for(tuning: AnyTuning, folder: Path, dtype: torch.dtype) -> PreTra
         use_safetensors=True,
         trust_remote_code=False,
         quantization_config=quantised,
-        device_map={"": torch.cuda.current_device()},
+        device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
     )
     prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return prepared
@@ -175,7 +175,7 @@ def _fitting(tuning: Peft, model: torch.nn.Module) -> dict[str, Any]:
     if tuning.type in ("c3a", "vblora"):
         name = "block_size" if tuning.type == "c3a" else "vector_length"
         return {name: _common_block(width for _, module in _linear_modules(model) for width in module.weight.shape)}
-    return {"progressbar": False} if tuning.type == "frod" else {}
+    return {}
 
 
 def _text_config(model: Any) -> Any:
