@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,7 +64,11 @@ class Layout:
 
     def index(self, master: torch.Tensor) -> int:
         """Which shard a tensor in the optimizer's groups is."""
-        return next(index for index, known in enumerate(self.masters) if known is master)
+        return self._places[id(master)]
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {id(master): index for index, master in enumerate(self.masters)}
 
     def zeros(self, dtype: torch.dtype = torch.float32) -> Sheet:
         """A sheet of zeros."""
