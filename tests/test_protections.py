@@ -386,6 +386,7 @@ def test_the_path_integral_adds_up_to_the_fall_of_the_loss() -> None:
     """Sum of omega = -sum g dtheta, which is the loss's fall where steps are small."""
     generator = torch.Generator().manual_seed(1)
     inputs, labels = torch.randn(64, 6, generator=generator), torch.randint(3, (64,), generator=generator)
+    torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     path = PathIntegral(Layout.of_parameters(dict(model.named_parameters())), optimizer)
