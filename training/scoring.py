@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -91,9 +92,8 @@ def score_model(job: ScoreJob) -> float:
     """Load a model, score it, write its answers and probes to the job's target. The seconds it took."""
     from training.faults import explained_at, output_to
 
-    with output_to(Path(job.log)), explained_at(Path(job.log)):
+    with output_to(Path(job.log)), explained_at(Path(job.log)), _alone():
         started = time.monotonic()
-        _be_alone()
         spec = RunSpec.model_validate(job.spec)
         language_model = _load(job)
         suites = {suite.name: _score_suite(suite, language_model) for suite in spec.suites.all}
@@ -104,10 +104,15 @@ def score_model(job: ScoreJob) -> float:
     return seconds
 
 
-def _be_alone() -> None:
-    """Forget the process group that a launcher around the command may have named: the harness would join it."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without the process group that a launcher around the command may have named: the harness would join it."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    named = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(named)
 
 
 def read_scores(path: Path) -> tuple[dict[str, list[Answered]], tuple[Probe, ...]]:
