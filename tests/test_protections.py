@@ -43,7 +43,7 @@ PULLS: dict[str, tuple[str, dict[str, Any]]] = {
     "ewc coupled": ("full", {"type": "ewc", "strength": 0.3, "update": "coupled"}),
     "ewc proximal": ("full", {"type": "ewc", "strength": 30.0}),
     "si coupled": ("full", {"type": "si", "strength": 0.1, "update": "coupled", "normalise": "none", "xi": XI}),
-    "si proximal": ("full", {"type": "si", "strength": 5.0, "normalise": "max", "xi": XI}),
+    "si proximal": ("full", {"type": "si", "strength": 50.0, "normalise": "max", "xi": XI}),
     "l2sp lora": ("lora", {"type": "l2sp", "strength": 0.3}),
     "ewc lora": ("lora", {"type": "ewc", "strength": 0.3}),
 }
