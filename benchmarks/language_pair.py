@@ -135,7 +135,7 @@ def train(
     run = RunFolder(workspace.new_run(spec.name).path)
     run.logs.mkdir(exist_ok=True)
     prepared = ready_data(spec, workspace, Console(quiet=True))
-    aids = ready_aids(spec, plan, prepared, workspace, run.logs, None)
+    aids = ready_aids(spec, prepared, workspace, run.logs, None)
     trainer = Trainer.start(Job(**make_job(spec, plan, prepared, run, hash_training(spec), aids)), run)
     trainer.run()
     trainer.engine.destroy()

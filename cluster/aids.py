@@ -12,7 +12,6 @@ from rich.console import Console
 from cluster.passes import ready_importances
 from cluster.tasks import run_tasks
 from training.generate import replay_job, write_replay
-from training.plan import Plan
 from training.prepare import load_prepared, prepare
 from training.spec import RunSpec
 from training.strategy import Replay
@@ -36,7 +35,7 @@ def ready_data(spec: RunSpec, workspace: Workspace, console: Console) -> Path:
 
 
 def ready_aids(
-    spec: RunSpec, plan: Plan, prepared: Path, workspace: Workspace, logs: Path, memory_limit: int | None
+    spec: RunSpec, prepared: Path, workspace: Workspace, logs: Path, memory_limit: int | None
 ) -> dict[str, str]:
     """The paths of a run's aids by name, made where they are missing. Ray is connected by the caller.
 

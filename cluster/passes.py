@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,6 @@ def _key(protection: Ewc | Si, looked_at: RunSpec, prepared: Path) -> str:
 
 
 def _fisher(protection: Ewc, looked_at: RunSpec, plan: Plan, prepared: Path, target: Path, logs: Path) -> None:
-    from dataclasses import asdict
-
     from training.fisher import FisherJob, fisher_worker
     from training.fit import run_workers
 

@@ -171,7 +171,7 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
 
     drop_torn_row(run.metrics)
     prepared = ready_data(spec, workspace, console)
-    aids = ready_aids(spec, plan, prepared, workspace, run.logs, memory_limit(spec.scaling))
+    aids = ready_aids(spec, prepared, workspace, run.logs, memory_limit(spec.scaling))
     if replay := spec.protection(Replay):
         console.print(f"replaying {describe_replay(plan, replay.share)}")
     note = describe_aids(spec, prepared, aids)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from training.importance import TENSORS_FILE, open_importance, read_info
+from training.importance import importance_sheet, open_importance, read_info, whole_importance
 from training.layout import Layout, Sheet, gather_to_first
 from training.product import ProductPull
 from training.protections import PathIntegral, QuadraticPull
@@ -41,7 +41,8 @@ def attach_all(
         aids: the folder of each protection's importance, by the protection's type.
     """
     attached = Attached(layout)
-    if any(isinstance(protection, Si) and records_path(protection, spec.tuning) for protection in spec.protections):
+    si = spec.protection(Si)
+    if si is not None and records_path(si, spec.tuning):
         attached.path = PathIntegral(layout, optimizer, unclip)
         attached.sheets["si.omega"] = attached.path.omega
     for protection in spec.protections:
@@ -86,16 +87,8 @@ def _weights(importance: Path, protection: Ewc | Si, layout: Layout) -> Sheet:
 
 def _whole(importance: Path, protection: Ewc | Si) -> Callable[[str], torch.Tensor]:
     """A reader of the whole importance of one weight, normalised over all weights of the model."""
-    from safetensors import safe_open
-
     factor = read_info(importance).factor(protection.normalise)
-
-    def read(name: str) -> torch.Tensor:
-        with safe_open(importance / TENSORS_FILE, "pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor.clamp(min=0) * factor
-
-    return read
+    return lambda name: whole_importance(importance, name).clamp(min=0) * factor
 
 
 def path_importance(attached: Attached, xi: float, earlier: Path | None) -> tuple[dict[str, torch.Tensor], int]:
@@ -107,9 +100,7 @@ def path_importance(attached: Attached, xi: float, earlier: Path | None) -> tupl
     layout = attached.layout
     sheet, tasks = attached.path.importance(xi), 1
     if earlier is not None:
-        past = layout.zeros()
-        with open_importance(earlier) as read:
-            layout.spread(read, past)
+        past = importance_sheet(earlier, layout)
         sheet = [mine.add_(old) for mine, old in zip(sheet, past, strict=True)]
         tasks += read_info(earlier).tasks
     return gather_to_first(layout, sheet), tasks

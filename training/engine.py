@@ -22,24 +22,33 @@ _BUCKET_ELEMENTS = 50_000_000
 
 def deepspeed_config(spec: RunSpec, plan: Plan) -> dict[str, Any]:
     """DeepSpeed's configuration; every value follows from the spec and the plan."""
-    half = spec.training.precision == "bf16"
     clipping = 0.0 if _is_plain(spec, plan) else spec.training.max_grad_norm or 0.0
-    config: dict[str, Any] = {
+    config = _config(spec.training.precision, plan.zero_stage, plan.trainable_parameters, plan.accumulation_steps)
+    return config | {
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-        "gradient_accumulation_steps": plan.accumulation_steps,
         "gradient_clipping": clipping,
+    }
+
+
+def _config(precision: str, zero_stage: int, parameters: int, accumulation: int) -> dict[str, Any]:
+    """What every engine has, one row a micro-batch and no clipping: left out, DeepSpeed would clip at 1."""
+    half = precision == "bf16"
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
         "zero_optimization": {
-            "stage": plan.zero_stage,
-            "reduce_bucket_size": min(_BUCKET_ELEMENTS, max(1, plan.trainable_parameters)),
+            "stage": zero_stage,
+            "reduce_bucket_size": min(_BUCKET_ELEMENTS, max(1, parameters)),
         },
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": half},
         "communication_data_type": "fp32",
         "steps_per_print": _NEVER,
     }
-    if half and plan.zero_stage > 0:
-        # DeepSpeed has no fp32 accumulation at stage 0, which is why the planner never chooses it with bf16.
+    if half and zero_stage > 0:
+        # DeepSpeed has no fp32 accumulation at stage 0, which is why bf16 is refused there.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
@@ -77,20 +86,8 @@ def start_counting_engine(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, precision: str, zero_stage: int, rounds: int
 ) -> Any:
     """An engine that accumulates `rounds` micro-batches of one example a worker, in fp32, and clips nothing."""
-    half = precision == "bf16"
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": rounds,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": min(_BUCKET_ELEMENTS, max(1, count))},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": half},
-        "communication_data_type": "fp32",
-        "steps_per_print": _NEVER,
-    }
-    if half:
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    config = _config(precision, zero_stage, count, rounds)
     engine, *_ = _import_deepspeed().initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
     )

@@ -15,7 +15,7 @@ from torch.nn import functional
 from training import engine as engines
 from training.encoding import Encoded
 from training.faults import explained_at, output_to
-from training.importance import open_importance, read_info, write_importance
+from training.importance import importance_sheet, read_info, write_importance
 from training.layout import Layout, Sheet, gather_to_first
 from training.prepare import load_prepared
 from training.squares import SquaredGradients
@@ -93,12 +93,12 @@ def _compute(job: FisherJob) -> None:
     model = load_base(Path(job.base), torch.bfloat16 if job.precision == "bf16" else torch.float32)
     model.requires_grad_(True)
     model.eval()
-    drawn = pick_examples(len(load_prepared(Path(job.prepared)).train), job.examples, job.seed)
+    examples = load_prepared(Path(job.prepared)).train
+    drawn = pick_examples(len(examples), job.examples, job.seed)
     rounds = -(-len(drawn) // workers)
     optimizer = Collector(model.parameters())
     engine = engines.start_counting_engine(model, optimizer, job.precision, job.zero_stage, rounds)
     layout = Layout.of_engine(engine)
-    examples = load_prepared(Path(job.prepared)).train
     with SquaredGradients(parameter for parameter in engine.module.parameters() if parameter.requires_grad).open():
         for turn in range(rounds):
             place = turn * workers + rank
@@ -111,9 +111,7 @@ def _compute(job: FisherJob) -> None:
     sheet = [found * (workers / len(drawn)) for found in optimizer.sheet(layout)]
     tasks = 1
     if job.previous is not None:
-        past = layout.zeros()
-        with open_importance(Path(job.previous)) as read:
-            layout.spread(read, past)
+        past = importance_sheet(Path(job.previous), layout)
         sheet = [found.add_(old, alpha=job.gamma) for found, old in zip(sheet, past, strict=True)]
         tasks += read_info(Path(job.previous)).tasks
     gathered = gather_to_first(layout, sheet)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.errors import Problem, fail, raise_all
+from training.errors import Problem, TenureError, fail, raise_all
 from training.models import hash_folder, read_shapes
 from training.spec import RunSpec
 from training.strategy import Ewc, Si, updates_coupled
@@ -24,7 +24,7 @@ from training.workspace import write_json
 if TYPE_CHECKING:
     import torch
 
-    from training.layout import Reader
+    from training.layout import Layout, Reader, Sheet
 
 VERSION = 1
 IMPORTANCE_FOLDER = "importance"
@@ -161,7 +161,7 @@ def open_importance(folder: Path) -> Iterator[Reader]:
 
         def read(name: str, start: int, end: int) -> torch.Tensor:
             if name not in names:
-                raise fail(f"the importance has nothing for '{name}'", str(folder), "compute it on this model")
+                raise _lacks(name, folder)
             rows = file.get_slice(name)
             shape = rows.get_shape()
             size = max(1, _product(shape[1:]))
@@ -170,6 +170,33 @@ def open_importance(folder: Path) -> Iterator[Reader]:
             return stretch
 
         yield read
+
+
+def importance_sheet(folder: Path, layout: Layout) -> Sheet:
+    """This rank's stretches of an importance, as they were written."""
+    sheet = layout.zeros()
+    with open_importance(folder) as read:
+        layout.spread(read, sheet)
+    return sheet
+
+
+def whole_importance(folder: Path, name: str) -> torch.Tensor:
+    """The importance of one whole weight.
+
+    Raises:
+        TenureError: it has none.
+    """
+    from safetensors import safe_open
+
+    with safe_open(folder / TENSORS_FILE, "pt") as file:
+        if name not in file.keys():  # noqa: SIM118
+            raise _lacks(name, folder)
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
+def _lacks(name: str, folder: Path) -> TenureError:
+    return fail(f"the importance has nothing for '{name}'", str(folder), "compute it on this model")
 
 
 def _product(sizes: list[int]) -> int:

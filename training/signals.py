@@ -60,7 +60,7 @@ def asks(spec: RunSpec) -> dict[str, Ask]:
     """What a run needs to know of frozen models before it trains, by the name of the aid."""
     wanted: dict[str, Ask] = {}
     base_size = read_model_info(Path(spec.model)).vocab_size
-    kl = next((p for p in spec.protections if isinstance(p, Kl)), None) if moves_base(spec.tuning) else None
+    kl = spec.protection(Kl) if moves_base(spec.tuning) else None
     reads_losses = any(isinstance(protection, Flow | Stm) for protection in spec.protections)
     if kl:
         wanted["signals"] = Ask(spec.model, base_size, min(kl.top_k, base_size), kl.temperature)

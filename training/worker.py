@@ -156,7 +156,8 @@ class Trainer:
 
         That writes the importance into the folder that is its first argument, as that of the model in the second.
         """
-        settings = next(protection for protection in self.spec.protections if isinstance(protection, Si))
+        settings = self.spec.protection(Si)
+        assert settings is not None
         earlier = Path(self.aids["si"]) if "si" in self.aids else None
         tensors, tasks = path_importance(self.attached, settings.xi, earlier)
         about = {"estimator": PATH_INTEGRAL, "reduction": "mean", "examples": len(self.data.train), "tasks": tasks}
