@@ -10,9 +10,10 @@ from typing import Any, cast
 
 import torch
 
+from training.onepass import OnePassAdamW
 from training.plan import Plan
 from training.spec import RunSpec, Training
-from training.strategy import AnyTuning, Lora
+from training.strategy import Lora, acts_on_weights
 
 RATE_RATIO = "rate_ratio"
 _NEVER = 10**9
@@ -53,23 +54,22 @@ def _config(precision: str, zero_stage: int, parameters: int, accumulation: int)
     return config
 
 
-def build_optimizer(model: torch.nn.Module, training: Training, tuning: AnyTuning) -> torch.optim.Optimizer:
+def build_optimizer(model: torch.nn.Module, spec: RunSpec) -> torch.optim.Optimizer:
     """AdamW over the parameters that move; DeepSpeed puts its fp32 partitions in their place.
 
-    LoRA+ has LoRA's B in a group of its own (arXiv 2402.12354), since that learns at another rate.
+    On a GPU, pulls and paths on whole weights are part of its kernel. LoRA+ has LoRA's B in a group of its own (arXiv
+    2402.12354), since that learns at another rate.
     """
+    rate, decay = spec.training.learning_rate, spec.training.weight_decay
     moving = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    ratio = tuning.learning_rate_ratio if isinstance(tuning, Lora) else 1.0
+    ratio = spec.tuning.learning_rate_ratio if isinstance(spec.tuning, Lora) else 1.0
     fast = [parameter for name, parameter in moving.items() if ".lora_B." in name] if ratio != 1 else []
     slow = [parameter for name, parameter in moving.items() if not fast or ".lora_B." not in name]
     groups = [{"params": slow, RATE_RATIO: 1.0}, {"params": fast, RATE_RATIO: ratio}]
-    fused = torch.cuda.is_available()
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=training.learning_rate,
-        weight_decay=training.weight_decay,
-        fused=fused or None,
-    )
+    moved = [group for group in groups if group["params"]]
+    if torch.cuda.is_available() and acts_on_weights(spec.tuning, spec.protections):
+        return OnePassAdamW(moved, lr=rate, weight_decay=decay)
+    return torch.optim.AdamW(moved, lr=rate, weight_decay=decay, fused=torch.cuda.is_available() or None)
 
 
 def start_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, spec: RunSpec, plan: Plan) -> Any:

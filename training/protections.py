@@ -2,7 +2,8 @@
 
 DeepSpeed puts each rank's fp32 partition, with its reduced gradient, into the client optimizer's groups before it
 calls `step`, at every ZeRO stage. What runs in a step hook therefore sees shards, and needs no communication. Nothing
-here knows DeepSpeed: a `Layout` of plain parameters and any torch optimizer do as well.
+here knows DeepSpeed: a `Layout` of plain parameters and any torch optimizer do as well. An `OnePassAdamW` does the same
+in its own kernel, without hooks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 
 from training.layout import Layout, Sheet
+from training.onepass import OnePassAdamW, Path, Pull
 
 # Elements handled at once, so that what lies between two operations stays in a processor's cache.
 _CHUNK = 1 << 22
@@ -44,17 +46,22 @@ class QuadraticPull:
         self._layout, self._strength, self._weights = layout, strength, weights
         dtype = weights[0].dtype if weights else torch.float32
         self._anchors = layout.copy(dtype)
-        if update == "coupled":
-            self._handle = optimizer.register_step_pre_hook(self._add_gradient)
-        else:
-            self._handle = optimizer.register_step_post_hook(self._pull_back)
-            # It is part of the step, so whoever watches what the step did to the weights comes after it.
-            hooks = cast("OrderedDict[int, Any]", optimizer._optimizer_step_post_hooks)
-            hooks.move_to_end(self._handle.id, last=False)
+        self._end = self._attach(optimizer, is_proximal=update != "coupled")
 
     def detach(self) -> None:
         """Pull no more; the optimizer keeps its state."""
-        self._handle.remove()
+        self._end()
+
+    def _attach(self, optimizer: torch.optim.Optimizer, *, is_proximal: bool) -> Callable[[], None]:
+        if isinstance(optimizer, OnePassAdamW):
+            return optimizer.pull(self._layout.index, Pull(self._anchors, self._weights, self._strength, is_proximal))
+        if not is_proximal:
+            return optimizer.register_step_pre_hook(self._add_gradient).remove
+        handle = optimizer.register_step_post_hook(self._pull_back)
+        # It is part of the step, so whoever watches what the step did to the weights comes after it.
+        hooks = cast("OrderedDict[int, Any]", optimizer._optimizer_step_post_hooks)
+        hooks.move_to_end(handle.id, last=False)
+        return handle.remove
 
     @torch.no_grad()
     def _add_gradient(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -107,12 +114,18 @@ class PathIntegral:
         self.omega = layout.zeros()
         self._start = layout.copy()
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._handles = optimizer.register_step_pre_hook(self._note), optimizer.register_step_post_hook(self._add)
+        self._ends = self._attach(optimizer)
+
+    def _attach(self, optimizer: torch.optim.Optimizer) -> list[Callable[[], None]]:
+        if isinstance(optimizer, OnePassAdamW):
+            return [optimizer.record(self._layout.index, Path(self.omega, self._unclip))]
+        hooks = optimizer.register_step_pre_hook(self._note), optimizer.register_step_post_hook(self._add)
+        return [handle.remove for handle in hooks]
 
     def detach(self) -> None:
         """Record no more; what was recorded stays."""
-        for handle in self._handles:
-            handle.remove()
+        for end in self._ends:
+            end()
 
     @torch.no_grad()
     def _note(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -6,6 +6,7 @@ Free of torch: a wrong combination is refused before anything is loaded.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -410,6 +411,11 @@ def refusals(
 def moves_base(tuning: Any) -> bool:
     """Whether the base's own weights are changed, so that no adapter can be switched off to give it back."""
     return isinstance(tuning, Full | Partial) or (isinstance(tuning, Lora) and changes_base(tuning.options))
+
+
+def acts_on_weights(tuning: AnyTuning, protections: Sequence[Any]) -> bool:
+    """Whether a protection pulls whole weights, or records their path, in the optimizer's step."""
+    return not isinstance(tuning, Lora) and any(isinstance(one, L2sp | Ewc | Si) for one in protections)
 
 
 _NOT_WITH_DPO = {

@@ -86,7 +86,7 @@ class Trainer:
         model = tuning.apply_tuning(tuning.load_base_for(spec.tuning, Path(spec.model), dtype), spec.tuning)
         _expect_trainable(model, plan)
         initial = tuning.initial_products(model, spec.tuning)
-        optimizer = engines.build_optimizer(model, spec.training, spec.tuning)
+        optimizer = engines.build_optimizer(model, spec)
         engine = engines.start_engine(model, optimizer, spec, plan)
         if is_adapter(spec.tuning):
             tuning.settle_buffers(model, spec.tuning, dtype)

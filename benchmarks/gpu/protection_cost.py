@@ -3,14 +3,15 @@
     python benchmarks/gpu/protection_cost.py --out benchmarks/gpu/protection-cost.json
 
 Full tuning of a random model in Llama-3.2-1B's shape (1.24 B parameters) in bf16 through DeepSpeed ZeRO 1 on one GPU,
-rows of 2048 tokens, 8 a micro-batch, with Liger's kernels where they are installed. Each protection is attached to the
-same engine that runs without it, and blocks of steps with and without take turns. Importance is random: its values do
-not change what is computed.
+rows of 2048 tokens, 8 a micro-batch, with Liger's kernels where they are installed. Every protection gets an engine of
+its own, and so does plain training; all take turns, in several rounds. Importance is random: its values do not change
+what is computed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import importlib.util
 import json
@@ -19,6 +20,8 @@ import platform
 import socket
 import statistics
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +41,34 @@ SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     | {"num_key_value_heads": 2, "vocab_size": 512},
 }
-VARIANTS: dict[str, dict[str, Any]] = {
-    "l2sp coupled": {"update": "coupled", "weights": None},
-    "l2sp proximal": {"update": "proximal", "weights": None},
-    "ewc coupled": {"update": "coupled", "weights": torch.float32},
-    "ewc proximal": {"update": "proximal", "weights": torch.float32},
-    "ewc coupled, stored in bf16": {"update": "coupled", "weights": torch.bfloat16},
-    "si coupled, not recording": {"update": "coupled", "weights": torch.float32},
-    "si coupled, recording": {"update": "coupled", "weights": torch.float32, "records": True},
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A protection as it is attached.
+
+    Attributes:
+        weights: the dtype of importance and anchors; None for L2-SP, which has anchors alone, in fp32.
+        has_hooks: it acts in hooks around torch's fused AdamW, as on a CPU, instead of in one pass with it.
+    """
+
+    update: str
+    weights: torch.dtype | None = torch.float32
+    records: bool = False
+    has_hooks: bool = False
+
+
+VARIANTS: dict[str, Variant | None] = {
+    "none": None,
+    "l2sp coupled": Variant("coupled", None),
+    "l2sp proximal": Variant("proximal", None),
+    "ewc coupled": Variant("coupled"),
+    "ewc proximal": Variant("proximal"),
+    "ewc coupled, stored in bf16": Variant("coupled", torch.bfloat16),
+    "si coupled, recording": Variant("coupled", records=True),
+    "si proximal, recording": Variant("proximal", records=True),
+    "ewc coupled, in hooks": Variant("coupled", has_hooks=True),
+    "si coupled, recording, in hooks": Variant("coupled", records=True, has_hooks=True),
 }
 
 
@@ -55,8 +78,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--steps", type=int, default=6, help="a block")
-    parser.add_argument("--rounds", type=int, default=3, help="blocks with and without, each")
+    parser.add_argument("--steps", type=int, default=8, help="timed, of each variant in each round")
+    parser.add_argument("--rounds", type=int, default=2, help="over all variants")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available()
@@ -100,74 +123,92 @@ def make_model(shape: str, gpu: bool) -> torch.nn.Module:
 
 def measure(arguments: argparse.Namespace, accumulation: int, gpu: bool) -> dict[str, Any]:
     """Every protection's step against the plain step at one number of accumulated micro-batches."""
+    taken: dict[str, list[Taken]] = {name: [] for name in VARIANTS}
+    for _ in range(arguments.rounds):
+        for name, variant in VARIANTS.items():
+            taken[name].append(run_steps(arguments, accumulation, variant, gpu))
+            free(gpu)
+            left = torch.cuda.memory_allocated() / 2**30 if gpu else 0.0
+            times = [round(1000 * s, 1) for s in taken[name][-1].seconds]
+            print(accumulation, name, times, f"{left:.1f} GiB not given back", flush=True)
+    plain = median(taken["none"])
+    found = {
+        name: {
+            "step_ms": round(1000 * median(rounds), 2),
+            "ratio": round(median(rounds) / median(taken["none"]), 4),
+            "bytes_per_parameter": round(rounds[0].held / rounds[0].parameters, 3),
+            "peak_bytes_per_parameter": round((rounds[0].peak - taken["none"][0].peak) / rounds[0].parameters, 3),
+        }
+        for name, rounds in taken.items()
+    }
+    tokens = arguments.rows * arguments.length * accumulation
+    about = {"tokens_per_step": tokens, "accumulation": accumulation, "plain_tokens_per_s": round(tokens / plain)}
+    return {"parameters": taken["none"][0].parameters, **about, "protections": found}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The seconds of a variant's steps, the bytes that it holds, and the most that was allocated, in all."""
+
+    seconds: list[float]
+    held: int
+    peak: int
+    parameters: int
+
+
+def median(rounds: list[Taken]) -> float:
+    return statistics.median(seconds for taken in rounds for seconds in taken.seconds)
+
+
+def run_steps(arguments: argparse.Namespace, accumulation: int, variant: Variant | None, gpu: bool) -> Taken:
+    """A new engine with the protection, warmed up and timed."""
     model = make_model(arguments.shape, gpu)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    spec, plan = describe(arguments.rows, accumulation, parameters)
-    optimizer = engines.build_optimizer(model, spec.training, spec.tuning)
+    spec, plan = describe(arguments.rows, accumulation, parameters, variant)
+    optimizer = engines.build_optimizer(model, spec)
     engine = engines.start_engine(model, optimizer, spec, plan)
-    layout = Layout.of_engine(engine)
+    before = torch.cuda.memory_allocated() if gpu else 0
+    if variant:
+        attach(Layout.of_engine(engine), optimizer, variant)
+    held = (torch.cuda.memory_allocated() if gpu else 0) - before
     vocabulary = SHAPES[arguments.shape]["vocab_size"]
     ids = torch.randint(vocabulary, (arguments.rows, arguments.length), device=engine.device)
-
-    def step() -> None:
-        for _ in range(accumulation):
-            engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
-            engine.step()
-
-    for _ in range(4):
-        step()
-    found = {}
-    for name, variant in VARIANTS.items():
-        before = torch.cuda.memory_allocated() if gpu else 0
-        hooks = attach(layout, optimizer, variant)
-        held = (torch.cuda.memory_allocated() if gpu else 0) - before
-        plain, protected = [], []
-        for _ in range(arguments.rounds):
-            toggle(optimizer, {}, {})
-            plain += timed(step, arguments.steps, gpu)
-            toggle(optimizer, *hooks)
-            protected += timed(step, arguments.steps, gpu)
-        toggle(optimizer, {}, {})
-        del hooks
-        found[name] = {
-            "step_ms": round(1000 * statistics.median(protected), 2),
-            "plain_step_ms": round(1000 * statistics.median(plain), 2),
-            "ratio": round(statistics.median(protected) / statistics.median(plain), 4),
-            "bytes_per_parameter": round(held / parameters, 3),
-        }
-        print(accumulation, name, found[name], flush=True)
+    step = partial(make_step, engine, ids, accumulation)
+    timed(step, 4, gpu)
+    seconds = timed(step, arguments.steps, gpu)
+    peak = torch.cuda.max_memory_allocated() if gpu else 0
     engine.destroy()
-    tokens = arguments.rows * arguments.length * accumulation
-    return {"parameters": parameters, "tokens_per_step": tokens, "accumulation": accumulation, "protections": found}
+    optimizer.state.clear()
+    optimizer.param_groups.clear()
+    return Taken(seconds, held, peak, parameters)
 
 
-Hooks = tuple[dict[int, Any], dict[int, Any]]
+def make_step(engine: Any, ids: torch.Tensor, accumulation: int) -> None:
+    for _ in range(accumulation):
+        engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+        engine.step()
 
 
-def attach(layout: Layout, optimizer: torch.optim.Optimizer, variant: dict[str, Any]) -> Hooks:
-    """The hooks of one protection, taken off again so that they can be put on and off."""
-    toggle(optimizer, {}, {})
-    if variant.get("records"):
+def free(gpu: bool) -> None:
+    """Give back what the last engine held, which is a cycle of references."""
+    gc.collect()
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def attach(layout: Layout, optimizer: torch.optim.Optimizer, variant: Variant) -> None:
+    if variant.records:
         PathIntegral(layout, optimizer)
-    dtype = variant["weights"]
-    weights = [torch.rand_like(master).to(dtype) for master in layout.masters] if dtype else None
-    QuadraticPull(layout, optimizer, strength=1e-3, weights=weights, update=variant["update"])
-    hooks = dict(optimizer._optimizer_step_pre_hooks), dict(optimizer._optimizer_step_post_hooks)
-    toggle(optimizer, {}, {})
-    return hooks
-
-
-def toggle(optimizer: torch.optim.Optimizer, pre: dict[int, Any], post: dict[int, Any]) -> None:
-    optimizer._optimizer_step_pre_hooks.clear()
-    optimizer._optimizer_step_post_hooks.clear()
-    optimizer._optimizer_step_pre_hooks.update(pre)
-    optimizer._optimizer_step_post_hooks.update(post)
+    dtype = variant.weights
+    weights = [torch.rand_like(master, dtype=dtype) for master in layout.masters] if dtype else None
+    QuadraticPull(layout, optimizer, strength=1e-3, weights=weights, update=variant.update)
 
 
 def timed(step: Any, count: int, gpu: bool) -> list[float]:
-    """Seconds of each step; the first after a change is not counted."""
+    """Seconds of each step."""
     seconds = []
-    for _ in range(count + 1):
+    for _ in range(count):
         if gpu:
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -175,17 +216,18 @@ def timed(step: Any, count: int, gpu: bool) -> list[float]:
         if gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return seconds[1:]
+    return seconds
 
 
-def describe(rows: int, accumulation: int, parameters: int) -> tuple[RunSpec, Plan]:
-    """A spec and plan that give the engine of a full tuning at ZeRO 1."""
+def describe(rows: int, accumulation: int, parameters: int, variant: Variant | None) -> tuple[RunSpec, Plan]:
+    """A spec and plan that give the optimizer and engine of a full tuning at ZeRO 1."""
     suite = {"name": "none", "path": "none.jsonl", "metric": "cross_entropy", "text": "text"}
     spec = RunSpec.model_validate(
         {
             "name": "cost",
             "model": "none",
             "tuning": {"type": "full"},
+            "protections": [{"type": "l2sp", "strength": 1e-3}] if variant and not variant.has_hooks else [],
             "data": {"train": [{"path": "none.jsonl", "prompt": "p", "completion": "c"}]},
             "suites": {"target": [suite]},
             "training": {"learning_rate": 1e-6, "global_batch_size": rows * accumulation, "micro_batch_size": rows},
