@@ -12,7 +12,7 @@ from rich.text import Text
 from cluster import pipeline
 from cluster.screen import facts
 from training.encoding import Encoded, load_tokenizer, preview
-from training.plan import GIB, Plan, describe_replay
+from training.plan import GIB, Plan, describe_replay, describe_tasks
 from training.prepare import load_prepared
 from training.strategy import Replay
 from training.workspace import Workspace
@@ -51,6 +51,7 @@ def plan_table(plan: Plan, replay: Replay | None = None) -> Table:
             f"accumulated x {plan.micro_batch_size}",
             "steps": f"{plan.steps} ({plan.steps_per_epoch} an epoch)",
             "examples": f"{plan.num_examples:,} ({plan.num_overlong} longer than max_length)",
+            **({"tasks": "\n".join(describe_tasks(plan.tasks))} if plan.tasks else {}),
             "tokens": f"{plan.num_tokens_per_epoch:,} an epoch, {plan.num_target_tokens_per_epoch:,} carry loss",
             **({"replay": describe_replay(plan, replay.share)} if replay else {}),
             "memory": f"about {plan.memory_per_worker_bytes / GIB:.1f} GiB a worker (estimated)",

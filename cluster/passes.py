@@ -15,7 +15,7 @@ from training.models import hash_file, hash_folder, read_model_info
 from training.plan import Plan, make_plan
 from training.prepare import load_prepared, prepare
 from training.section import Source
-from training.spec import Data, Export, RunSpec
+from training.spec import Data, Export, RunSpec, TrainSource
 from training.strategy import Ewc, Full, Lm, Sft, Si
 from training.workspace import Workspace
 
@@ -73,7 +73,7 @@ def _spec_of_pass(protection: Ewc | Si, spec: RunSpec) -> RunSpec:
             "objective": _objective(protection.data),
             "tuning": Full(),
             "protections": own,
-            "data": Data(train=protection.data, overlong=spec.data.overlong),
+            "data": Data(train=tuple(map(TrainSource.of, protection.data)), overlong=spec.data.overlong),
             "training": spec.training.model_copy(update=training),
             "export": Export(),
         }

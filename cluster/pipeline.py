@@ -18,7 +18,7 @@ from cluster.tasks import run_tasks
 from training.errors import TenureError, fail
 from training.importance import check_importances
 from training.models import find_model, read_model_info
-from training.plan import GIB, Plan, describe_replay, make_plan
+from training.plan import GIB, Plan, describe_replay, describe_tasks, make_plan
 from training.prepare import load_prepared, prepare
 from training.scorecard import Scorecard, read_scorecard
 from training.spec import Export, RunSpec, Scaling
@@ -172,6 +172,8 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
     drop_torn_row(run.metrics)
     prepared = ready_data(spec, workspace, console)
     aids = ready_aids(spec, prepared, workspace, run.logs, memory_limit(spec.scaling))
+    for line in describe_tasks(plan.tasks):
+        console.print(line)
     if replay := spec.protection(Replay):
         console.print(f"replaying {describe_replay(plan, replay.share)}")
     note = describe_aids(spec, prepared, aids)

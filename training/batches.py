@@ -1,74 +1,21 @@
-"""Which examples every step sees, and the tensors that a worker feeds to the model.
+"""How a global batch is cut and dealt to workers, and the tensors that they feed to the model.
 
-The order depends on seed and epoch alone, and a global batch is cut into the same micro-batches whatever the
-number of workers, so the loss curve does not change with the world size and any step can be resumed.
+It is cut into the same micro-batches whatever the number of workers, so the loss curve does not change with the world
+size.
 """
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from training.encoding import Encoded
+from training.schedule import Schedule
+
+__all__ = ["IGNORE", "Schedule", "collate", "micro_batches", "share"]
 
 IGNORE = -100
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The order of examples over a run: `epochs` permutations cut into global batches, the last one short.
-
-    With replay, every global batch holds `replay_per_batch` replay rows beside its training rows. Those rows come
-    from passes over all `num_replay` of them, each pass a permutation by its own number, whatever the epoch.
-    """
-
-    num_examples: int
-    global_batch_size: int
-    epochs: int
-    seed: int
-    max_steps: int | None = None
-    num_replay: int = 0
-    replay_per_batch: int = 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps that one pass over the training rows takes."""
-        return math.ceil(self.num_examples / self._train_per_batch)
-
-    @property
-    def _train_per_batch(self) -> int:
-        return self.global_batch_size - self.replay_per_batch
-
-    @property
-    def num_steps(self) -> int:
-        steps = self.steps_per_epoch * self.epochs
-        return min(steps, self.max_steps) if self.max_steps else steps
-
-    def batch(self, step: int) -> list[int]:
-        """Indices of the examples in global batch `step` (from 0); replay row i is example num_examples + i."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self._train_per_batch
-        train = _order(self.num_examples, f"{self.seed}/{epoch}")[start : start + self._train_per_batch]
-        return [*train, *self._replayed(step)]
-
-    def _replayed(self, step: int) -> list[int]:
-        """The batch's stretch of the endless row of passes over the replay rows."""
-        start = step * self.replay_per_batch
-        places = (divmod(place, self.num_replay) for place in range(start, start + self.replay_per_batch))
-        return [self.num_examples + _order(self.num_replay, f"{self.seed}/replay/{n}")[at] for n, at in places]
-
-
-@lru_cache(maxsize=4)
-def _order(count: int, name: str) -> tuple[int, ...]:
-    """The permutation of that name; kept, since every step of an epoch or pass asks for it."""
-    order = list(range(count))
-    random.Random(name).shuffle(order)
-    return tuple(order)
 
 
 def micro_batches(indices: Sequence[int], lengths: Sequence[int], micro: int, count: int) -> list[list[int]]:

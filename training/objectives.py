@@ -33,10 +33,15 @@ class Totals:
 
 @dataclass(frozen=True)
 class Loss:
-    """A micro-batch's shares of the global batch's loss (with gradients) and of the figures that are logged."""
+    """A micro-batch's shares of the global batch's loss (with gradients) and of the figures that are logged.
+
+    `losses` (examples,) are the examples' own, without weights, divergences or a share: the cross-entropy summed over
+    an example's target tokens, or a pair's loss.
+    """
 
     value: torch.Tensor
     parts: dict[str, torch.Tensor]
+    losses: torch.Tensor
 
 
 class Objective(Protocol):
@@ -46,6 +51,9 @@ class Objective(Protocol):
     names: tuple[str, ...]  # the parts of every loss, in order
 
     def totals(self, indices: Sequence[int]) -> Totals: ...
+
+    def num_terms(self, index: int) -> int:
+        """How many terms an example's own loss is a sum of."""
 
     def loss(self, engine: Any, indices: Sequence[int], totals: Totals) -> Loss: ...
 
@@ -179,26 +187,38 @@ class TokenObjective:
     def _weight(self, index: int) -> float:
         return self._weights[index] if self._weights else 1.0
 
+    def num_terms(self, index: int) -> int:
+        """Its target tokens."""
+        return self._rows[index].num_targets
+
     def loss(self, engine: Any, indices: Sequence[int], totals: Totals) -> Loss:
         """The share of the examples `indices` in the loss and in the mean of each term."""
         batch = _on_device([self._rows[index] for index in indices], self._pad_id, engine)
         outcomes = [term.frozen.outcomes(engine, batch, indices) for term in self._terms]
         targets = self.head.targets(engine, batch)
         if targets.is_empty:
-            nothing = targets.nothing()
-            return Loss(nothing, dict.fromkeys(self.names, nothing.detach()))
+            return _nothing(targets, self.names, len(indices))
         shares = [self._weight(index) / totals.weight if totals.weight else 0.0 for index in indices]
         weights = torch.tensor(shares, device=engine.device)[targets.rows]
-        cross_entropy = (weights * targets.cross_entropy()).sum()
+        per_target = targets.cross_entropy()
+        cross_entropy = (weights * per_target).sum()
         value = self._cross_entropy * cross_entropy
         parts = {"cross_entropy": cross_entropy.detach()} if self._terms else {}
         for term, given in zip(self._terms, outcomes, strict=True):
             assert given is not None
-            per_target = term.per_target(targets, given)
-            mean = (weights * per_target).sum() if term.weighted else per_target.sum() / totals.num_targets
+            nats = term.per_target(targets, given)
+            mean = (weights * nats).sum() if term.weighted else nats.sum() / totals.num_targets
             value = value + term.factor * term.temperature**2 * mean
             parts[term.name] = mean.detach()
-        return Loss(value, parts)
+        losses = torch.zeros(len(indices), device=engine.device).index_add(0, targets.rows, per_target.detach())
+        return Loss(value, parts, losses)
+
+
+def _nothing(targets: Targets, names: Sequence[str], num_examples: int) -> Loss:
+    """The loss of a micro-batch without targets."""
+    nothing = targets.nothing()
+    zeros = torch.zeros(num_examples, device=nothing.device)
+    return Loss(nothing, dict.fromkeys(names, nothing.detach()), zeros)
 
 
 def _on_device(rows: Sequence[Encoded], pad_id: int, engine: Any) -> Batch:
@@ -229,6 +249,10 @@ class DpoObjective:
         """Target tokens of both answers, and pairs."""
         return Totals(sum(self._data.num_targets(index) for index in indices), float(len(indices)))
 
+    def num_terms(self, index: int) -> int:
+        """A pair's loss is one."""
+        return 1
+
     def loss(self, engine: Any, indices: Sequence[int], totals: Totals) -> Loss:
         """The share of the pairs `indices` in the loss, the accuracy and the margin."""
         sequences = [*indices, *(len(self._data.train) + index for index in indices)]
@@ -236,14 +260,14 @@ class DpoObjective:
         reference = self._reference(engine, batch, sequences)
         targets = self.head.targets(engine, batch)
         if targets.is_empty:
-            nothing = targets.nothing()
-            return Loss(nothing, dict.fromkeys(self.names, nothing.detach()))
+            return _nothing(targets, self.names, len(indices))
         ratios = answer_log_probs(targets, len(sequences)) - reference
         chosen, rejected = ratios.chunk(2)
         margins = self._beta * (chosen - rejected)
         accuracy, margin = (margins > 0).float().sum(), margins.detach().sum()
-        value = -functional.logsigmoid(margins).sum() / totals.weight
-        return Loss(value, {"accuracy": accuracy / totals.weight, "margin": margin / totals.weight})
+        losses = -functional.logsigmoid(margins)
+        parts = {"accuracy": accuracy / totals.weight, "margin": margin / totals.weight}
+        return Loss(losses.sum() / totals.weight, parts, losses.detach())
 
 
 def answer_log_probs(targets: Targets, num_rows: int) -> torch.Tensor:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
 
 from training.errors import Problem, TenureError
+from training.mixture import Task, tasks_of
 from training.models import ModelInfo
+from training.schedule import Schedule, schedule_of
 from training.spec import RunSpec
 from training.strategy import (
     AnyTuning,
@@ -36,6 +40,21 @@ _NF4_BYTES = 0.52
 _OVERHEAD_BYTES = int(1.2 * GIB)
 
 
+class PlannedTask(TypedDict):
+    """A named source's part of an epoch: its examples, and the rows and target tokens that an epoch takes of it.
+
+    Shares are of the training rows and their target tokens; those of tokens are expected, since an epoch that does not
+    take every example takes any.
+    """
+
+    name: str
+    num_examples: int
+    num_rows_per_epoch: int
+    asked_share: float
+    row_share: float
+    target_token_share: float
+
+
 @dataclass(frozen=True)
 class Plan:
     """The arithmetic of a run; counts are of parameters, examples, tokens and optimizer steps."""
@@ -59,15 +78,25 @@ class Plan:
     num_replay: int
     replay_per_batch: int
     replay_token_share: float | None
+    tasks: tuple[PlannedTask, ...]
     memory_per_worker_bytes: int
     disk_bytes: int
+
+
+class SourceCounts(NamedTuple):
+    """Examples and tokens of one source."""
+
+    num_examples: int
+    num_tokens: int
+    num_target_tokens: int
 
 
 @dataclass(frozen=True)
 class DataCounts:
     """What the encoded training set holds, and the replay rows beside it (none yet, when the base will write them).
 
-    `longest` is over all rows, those to be written included.
+    `longest` is over all rows, those to be written included; `sources` are the training sources in the spec's order,
+    and needed where they are tasks.
     """
 
     num_examples: int
@@ -77,6 +106,12 @@ class DataCounts:
     num_overlong: int
     num_replay: int = 0
     num_replay_target_tokens: int = 0
+    sources: tuple[SourceCounts, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Examples of every source; of all together where they are not told apart."""
+        return tuple(source.num_examples for source in self.sources) or (self.num_examples,)
 
 
 def make_plan(
@@ -111,9 +146,10 @@ def make_plan(
     if memory_limit_bytes is not None and memory > memory_limit_bytes:
         raise TenureError(_does_not_fit(spec, memory, memory_limit_bytes, stage, micro))
     replay_per_batch = count_replayed(spec)
-    steps_per_epoch = math.ceil(counts.num_examples / (training.global_batch_size - replay_per_batch))
-    steps = steps_per_epoch * training.epochs
-    steps = min(steps, training.max_steps) if training.max_steps else steps
+    schedule = schedule_of(spec, counts.sizes, counts.num_replay, replay_per_batch)
+    steps, steps_per_epoch = schedule.num_steps, schedule.steps_per_epoch
+    tasks = tasks_of(spec.data, counts.sizes, training.global_batch_size - replay_per_batch)
+    epoch = _epoch_counts(counts, schedule)
     return Plan(
         model_parameters=info.num_parameters,
         trainable_parameters=trainable,
@@ -128,21 +164,22 @@ def make_plan(
         validate_every_steps=_every(training.validate_every_steps, steps, parts=4),
         checkpoint_every_steps=_every(training.checkpoint_every_steps, steps, parts=4),
         num_examples=counts.num_examples,
-        num_tokens_per_epoch=counts.num_tokens,
-        num_target_tokens_per_epoch=counts.num_target_tokens,
+        num_tokens_per_epoch=epoch.num_tokens,
+        num_target_tokens_per_epoch=epoch.num_target_tokens,
         num_overlong=counts.num_overlong,
         num_replay=_count_replay(spec, counts),
         replay_per_batch=replay_per_batch,
-        replay_token_share=_replay_token_share(counts, steps_per_epoch, replay_per_batch),
+        replay_token_share=_replay_token_share(counts, epoch, steps_per_epoch * replay_per_batch),
+        tasks=_planned_tasks(tasks, counts, epoch),
         memory_per_worker_bytes=memory,
         disk_bytes=estimate_disk(spec, info, trainable) + estimate_signals(spec, counts),
     )
 
 
 def count_replayed(spec: RunSpec) -> int:
-    """Replay rows in every global batch: the share asked for, rounded, but at least one and never all."""
-    replay, size = spec.protection(Replay), spec.training.global_batch_size
-    return min(max(1, round(replay.share * size)), size - 1) if replay else 0
+    """Replay rows in every global batch."""
+    replay = spec.protection(Replay)
+    return replay.rows_in(spec.training.global_batch_size) if replay else 0
 
 
 def describe_replay(plan: Plan, asked: float) -> str:
@@ -161,12 +198,46 @@ def _count_replay(spec: RunSpec, counts: DataCounts) -> int:
     return replay.generate.examples if replay and replay.generate else counts.num_replay
 
 
-def _replay_token_share(counts: DataCounts, steps_per_epoch: int, replay_per_batch: int) -> float | None:
-    """The expected share of target tokens that are replayed; None where the base has yet to write them."""
+def _replay_token_share(counts: DataCounts, epoch: SourceCounts, replayed_rows: int) -> float | None:
+    """The expected share of an epoch's target tokens that are replayed; None where the base has yet to write them."""
     if not counts.num_replay:
         return None
-    replayed = steps_per_epoch * replay_per_batch * counts.num_replay_target_tokens / counts.num_replay
-    return replayed / (replayed + counts.num_target_tokens)
+    replayed = replayed_rows * counts.num_replay_target_tokens / counts.num_replay
+    return replayed / (replayed + epoch.num_target_tokens)
+
+
+def _epoch_counts(counts: DataCounts, schedule: Schedule) -> SourceCounts:
+    """Training rows of an epoch and their tokens; expected ones where it takes some of a task's examples."""
+    if not schedule.tasks:
+        return SourceCounts(counts.num_examples, counts.num_tokens, counts.num_target_tokens)
+    parts = list(zip(schedule.tasks, counts.sources, strict=True))
+    tokens = round(sum(task.rows * source.num_tokens / task.size for task, source in parts))
+    targets = round(sum(task.rows * source.num_target_tokens / task.size for task, source in parts))
+    return SourceCounts(schedule.rows_per_epoch, tokens, targets)
+
+
+def _planned_tasks(tasks: tuple[Task, ...], counts: DataCounts, epoch: SourceCounts) -> tuple[PlannedTask, ...]:
+    return tuple(
+        PlannedTask(
+            name=task.name,
+            num_examples=task.size,
+            num_rows_per_epoch=task.rows,
+            asked_share=task.asked,
+            row_share=task.rows / epoch.num_examples,
+            target_token_share=task.rows * source.num_target_tokens / task.size / epoch.num_target_tokens,
+        )
+        for task, source in zip(tasks, counts.sources, strict=False)
+    )
+
+
+def describe_tasks(tasks: Sequence[PlannedTask]) -> list[str]:
+    """What an epoch takes of every task, a line each."""
+    return [
+        f"{task['name']}: {task['num_rows_per_epoch']:,} rows an epoch of {task['num_examples']:,} examples, "
+        f"{task['row_share']:.1%} of the rows ({task['asked_share']:.1%} asked for), "
+        f"about {task['target_token_share']:.1%} of the target tokens"
+        for task in tasks
+    ]
 
 
 def count_trainable(tuning: AnyTuning, info: ModelInfo) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from training.encoding import (
 from training.errors import Problem, TenureError, fail
 from training.generate import longest_row, read_written
 from training.models import hash_file
-from training.plan import DataCounts
+from training.plan import DataCounts, SourceCounts
 from training.rows import read_conversations, read_items, read_passages, read_preferences
 from training.section import Source
 from training.spec import RunSpec
@@ -31,10 +32,13 @@ from training.suites import encode_item
 from training.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
+    from pydantic.main import IncEx
     from transformers import PreTrainedTokenizerBase
 
 # Raised when the same files and settings come to give other token ids.
-_ENCODING_VERSION = 4
+_ENCODING_VERSION = 5
+# What of `data` decides how rows are mixed, and not their token ids.
+_MIXING: IncEx = {"mixture": True, "train": {"__all__": {"name", "weight", "cap", "repeats"}}}
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Prepared:
 
     Of preference data `train` holds the chosen answers, and `rejected` the others in the same order; else that is
     empty. `longest_to_come` bounds the tokens of the replay rows that the base writes (0 when it writes none).
+    `sizes` says how many of the training examples each source gave, in the spec's order.
     """
 
     train: tuple[Encoded, ...]
@@ -51,6 +56,7 @@ class Prepared:
     rejected: tuple[Encoded, ...] = ()
     replay: tuple[Encoded, ...] = ()
     longest_to_come: int = 0
+    sizes: tuple[int, ...] = ()
 
     @cached_property
     def examples(self) -> tuple[Encoded, ...]:
@@ -85,7 +91,16 @@ class Prepared:
             num_overlong=self.num_overlong,
             num_replay=len(self.replay),
             num_replay_target_tokens=sum(example.num_targets for example in self.replay),
+            sources=self._count_sources(),
         )
+
+    def _count_sources(self) -> tuple[SourceCounts, ...]:
+        ends = accumulate(self.sizes)
+        return tuple(self._count(range(end - size, end)) for size, end in zip(self.sizes, ends, strict=True))
+
+    def _count(self, indices: range) -> SourceCounts:
+        tokens = sum(self.lengths[index] for index in indices)
+        return SourceCounts(len(indices), tokens, sum(self.num_targets(index) for index in indices))
 
 
 def prepare(spec: RunSpec, workspace: Workspace, written: Path | None = None) -> Path:
@@ -114,6 +129,7 @@ def load_prepared(path: Path) -> Prepared:
         rejected=tuple(_from_json(example) for example in raw["rejected"]),
         replay=tuple(_from_json(example) for example in raw["replay"]),
         longest_to_come=raw["longest_to_come"],
+        sizes=tuple(raw["sizes"]),
     )
 
 
@@ -148,16 +164,21 @@ def _encode(spec: RunSpec, written: Path | None) -> Prepared:
         rejected=tuple(train.rejected),
         replay=tuple(replay),
         longest_to_come=longest_to_come,
+        sizes=train.sizes,
     )
 
 
 @dataclass(frozen=True)
 class EncodedSource:
-    """The examples of one source, and of preference data the rejected answers in the same order."""
+    """The examples of one source, and of preference data the rejected answers in the same order.
+
+    Of several sources `sizes` says how many each gave.
+    """
 
     examples: list[Encoded]
     num_overlong: int
     rejected: Sequence[Encoded] = ()
+    sizes: tuple[int, ...] = ()
 
 
 def encode_source(tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int, overlong: str) -> EncodedSource:
@@ -207,6 +228,7 @@ def _encode_sources(
         examples=[row for one in encoded for row in one.examples],
         num_overlong=sum(one.num_overlong for one in encoded),
         rejected=[row for one in encoded for row in one.rejected],
+        sizes=tuple(len(one.examples) for one in encoded),
     )
 
 
@@ -222,7 +244,7 @@ def _content_key(spec: RunSpec, written: Path | None) -> str:
     parts = {
         "encoding": _ENCODING_VERSION,
         "files": [hash_file(file) for file in files],
-        "data": spec.data.model_dump(mode="json"),
+        "data": spec.data.model_dump(mode="json", exclude=_MIXING),
         "replay": replay.model_dump(mode="json", exclude={"share"}) if replay else None,
         "suites": spec.suites.model_dump(mode="json"),
         "max_length": spec.training.max_length,
@@ -242,6 +264,7 @@ def _to_json(prepared: Prepared) -> dict[str, object]:
         "num_overlong": prepared.num_overlong,
         "replay": [pack(example) for example in prepared.replay],
         "longest_to_come": prepared.longest_to_come,
+        "sizes": list(prepared.sizes),
     }
 
 

@@ -12,8 +12,9 @@ from markupsafe import Markup
 
 from training import report_format as text
 from training.errors import fail
-from training.report_metrics import Metrics, Points, cost_rows, read_metrics
+from training.report_metrics import Metrics, Points, cost_rows, read_metrics, task_totals
 from training.report_plots import COLOURS, Line, draw_changes, draw_curves, points_per_mean
+from training.report_tasks import task_rows
 from training.scorecard import Item, Scorecard, SuiteScore
 from training.wise import WiseCurve, read_curve
 from training.workspace import RunFolder, read_json
@@ -82,6 +83,7 @@ def render_html(run: RunFolder, scorecard: Scorecard) -> str:
             examples=text.pick_examples(scorecard),
             answers=[_answers(suite) for suite in scorecard.suites if suite.items],
             charts=_charts(metrics) if metrics else [],
+            tasks=task_rows(task_totals(metrics), metrics.validation, _read_object(run.plan)) if metrics else [],
             wise_charts=_wise_charts(wise) if wise else [],
             wise_lines=text.wise_lines(wise) if wise else (),
             num_unreadable_lines=metrics.num_unreadable_lines if metrics else 0,
@@ -128,11 +130,16 @@ def _charts(metrics: Metrics) -> list[Chart]:
     charts = (
         _step_chart(metrics, "loss", "Training loss", f"nats per {learned}"),
         *(_part_chart(name, points) for name, points in metrics.parts.items()),
+        _chart("tasks", "Training loss by task", _task_lines(metrics), f"nats per {learned}, without weights"),
         _chart("validation", "Validation loss", validation, "nats per target token"),
         _step_chart(metrics, "learning_rate", "Learning rate", ""),
         _step_chart(metrics, "grad_norm", "Gradient norm", "before clipping"),
     )
     return [chart for chart in charts if chart]
+
+
+def _task_lines(metrics: Metrics) -> list[Line]:
+    return [Line(task.name, task.losses) for task in task_totals(metrics)]
 
 
 _PARTS = {

@@ -16,6 +16,15 @@ Points = tuple[tuple[int, float], ...]  # (step, value), steps ascending
 
 
 @dataclass(frozen=True)
+class TaskStep:
+    """A task's part of one step: its mean loss (nan when it has no target), rows and target tokens."""
+
+    loss: float
+    num_rows: int
+    num_target_tokens: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One optimizer step; a value that was not finite is nan. `parts` are what its objective logs beside the loss."""
 
@@ -30,6 +39,19 @@ class Step:
     num_replay: int = 0
     num_replay_target_tokens: int = 0
     parts: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, TaskStep] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskTotals:
+    """What a run saw of a task: rows and target tokens, their shares of all tasks', and its loss over the steps."""
+
+    name: str
+    num_rows: int
+    num_target_tokens: int
+    row_share: float
+    target_token_share: float
+    losses: Points
 
 
 @dataclass(frozen=True)
@@ -54,6 +76,27 @@ class Metrics:
         return {
             name: tuple((step.step, step.parts[name]) for step in self.steps if name in step.parts) for name in names
         }
+
+
+def task_totals(metrics: Metrics) -> list[TaskTotals]:
+    """What a run saw of every task; nothing for a run without tasks. Shares leave replayed rows out."""
+    parts: dict[str, list[tuple[int, TaskStep]]] = {}
+    for step in metrics.steps:
+        for name, part in step.tasks.items():
+            parts.setdefault(name, []).append((step.step, part))
+    rows = {name: sum(part.num_rows for _, part in found) for name, found in parts.items()}
+    targets = {name: sum(part.num_target_tokens for _, part in found) for name, found in parts.items()}
+    return [
+        TaskTotals(
+            name=name,
+            num_rows=rows[name],
+            num_target_tokens=targets[name],
+            row_share=rows[name] / sum(rows.values()),
+            target_token_share=targets[name] / max(1, sum(targets.values())),
+            losses=tuple((step, part.loss) for step, part in found if math.isfinite(part.loss)),
+        )
+        for name, found in parts.items()
+    ]
 
 
 def read_metrics(path: Path) -> Metrics | None:
@@ -138,7 +181,12 @@ def _parse(line: str) -> Step | tuple[tuple[str, int], float] | None:
         num_replay=int(row.get("num_replay", 0)),
         num_replay_target_tokens=int(row.get("num_replay_target_tokens", 0)),
         parts={name: float(row[name]) for name in PARTS if name in row},
+        tasks={name: _task_step(part) for name, part in row.get("tasks", {}).items()},
     )
+
+
+def _task_step(row: dict[str, Any]) -> TaskStep:
+    return TaskStep(_number(row["loss"]), int(row["num_rows"]), int(row["num_target_tokens"]))
 
 
 def _number(value: float | None) -> float:

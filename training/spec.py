@@ -5,6 +5,7 @@ Paths in a spec file are relative to that file. Every class is one section of th
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -43,11 +44,82 @@ from training.strategy import (
 ProtectionType = TypeVar("ProtectionType", bound=Section)
 
 
+class TrainSource(Source):
+    """A source to train on. In a mixture it is a task, with a weight and bounds on what an epoch takes of it.
+
+    `cap` is the most examples an epoch sees of it, `repeats` how often an epoch may go through it.
+    """
+
+    name: Name | None = None
+    weight: Positive | None = None
+    cap: Count | None = None
+    repeats: Count = 1
+
+    @classmethod
+    def of(cls, source: Source) -> TrainSource:
+        """Another source's rows, to be trained on."""
+        return cls.model_validate(dict(source))
+
+    @property
+    def task(self) -> str:
+        """Its name, or that of its file."""
+        return self.name or Path(self.path).stem
+
+    @property
+    def mixed_by(self) -> tuple[str, ...]:
+        """The keys given that say how it is mixed."""
+        given = {"weight": self.weight is not None, "cap": self.cap is not None, "repeats": self.repeats > 1}
+        return tuple(key for key, is_given in given.items() if is_given)
+
+
+class Mixture(Section):
+    """Shares of the tasks in the rows of an epoch: proportional to size^(1/temperature), size, or weight.
+
+    Every global batch holds at least `minimum` rows of every task.
+    """
+
+    by: Literal["size", "temperature", "weight"]
+    temperature: Positive | None = None
+    minimum: Natural = 0
+
+    @model_validator(mode="after")
+    def _has_its_temperature(self) -> Mixture:
+        if self.by == "temperature" and self.temperature is None:
+            what = "by: temperature needs one"
+            raise fault(what, "set temperature: 2 (1 is by size, larger ones come nearer to equal shares)")
+        if self.by != "temperature" and self.temperature is not None:
+            what = f"a temperature means nothing with by: {self.by}"
+            raise fault(what, "set by: temperature, or remove it", ("temperature",))
+        return self
+
+
 class Data(Section):
     """What is trained on."""
 
-    train: Annotated[tuple[Source, ...], Field(min_length=1)]
+    train: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
+    mixture: Mixture | None = None
     overlong: Literal["refuse", "drop", "truncate"] = "refuse"
+
+    @model_validator(mode="after")
+    def _tasks_have_names_of_their_own(self) -> Data:
+        tasks = [source.task for source in self.train]
+        for index, source in enumerate(self.train):
+            if tasks[index] in tasks[:index] and (self.mixture or source.name):
+                at = ("train", index, "name") if source.name else ("train", index)
+                raise fault(f"two tasks are called '{tasks[index]}'", "give each source its own name", at)
+        return self
+
+    @model_validator(mode="after")
+    def _mixing_is_asked_for(self) -> Data:
+        for index, source in enumerate(self.train):
+            for key in source.mixed_by:
+                if self.mixture is None:
+                    what, by = f"{key} needs a mixture", "weight" if source.weight else "size"
+                    raise fault(what, f"set data.mixture: {{by: {by}}}, or remove {key}", ("train", index, key))
+                if key == "weight" and self.mixture.by != "weight":
+                    what = f"a weight means nothing with data.mixture.by: {self.mixture.by}"
+                    raise fault(what, "set data.mixture.by: weight, or remove weight", ("train", index, key))
+        return self
 
 
 class _Suite(Section):
@@ -162,6 +234,7 @@ class Training(Section):
     validate_every_steps: Natural | Literal["auto"] = "auto"
     checkpoint_every_steps: Natural | Literal["auto"] = "auto"
     keep_checkpoints: Count = 2
+    log_examples: Flag = False
 
 
 class Scaling(Section):
@@ -268,6 +341,24 @@ class RunSpec(Section):
         if value.global_batch_size == 1 and any(isinstance(p, Replay) for p in info.data.get("protections", ())):
             what = "a global batch of one row has no room for a replayed one"
             raise fault(what, "set global_batch_size: 2 or more", ("global_batch_size",))
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _minimum_has_room(cls, value: Training, info: ValidationInfo) -> Training:
+        data: Data | None = info.data.get("data")
+        if data is None or data.mixture is None or "protections" not in info.data:
+            return value
+        replayed = sum(p.rows_in(value.global_batch_size) for p in info.data["protections"] if isinstance(p, Replay))
+        needed = data.mixture.minimum * len(data.train)
+        if needed > value.global_batch_size - replayed:
+            beside = f", {replayed} of them replayed" if replayed else ""
+            what = (
+                f"data.mixture.minimum: {data.mixture.minimum} of each of {len(data.train)} tasks makes {needed} rows"
+            )
+            what += f", and a global batch has {value.global_batch_size}{beside}"
+            instead = f"set global_batch_size: {needed + replayed} or more, or a lower data.mixture.minimum"
+            raise fault(what, instead, ("global_batch_size",))
         return value
 
     @field_validator("export")

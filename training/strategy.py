@@ -331,6 +331,10 @@ class Replay(Section):
             )
         return self
 
+    def rows_in(self, global_batch_size: int) -> int:
+        """Replay rows in every global batch: the share asked for, rounded, but at least one and never all."""
+        return min(max(1, round(self.share * global_batch_size)), global_batch_size - 1)
+
     @property
     def files(self) -> tuple[Path, ...]:
         """The data files that it reads."""

@@ -14,7 +14,7 @@ from training.judge import package_versions
 from training.models import hash_file, hash_folder
 from training.plan import Plan
 from training.quiet import be_quiet
-from training.report_metrics import PARTS
+from training.report_metrics import PARTS, read_metrics, task_totals
 from training.scorecard import Scorecard
 from training.spec import RunSpec
 from training.strategy import Distill, Replay
@@ -106,6 +106,8 @@ def log_metrics(workspace: Workspace, run: RunFolder, tracking_id: str) -> None:
         if row["kind"] == "step":
             names = ("loss", *PARTS, "learning_rate", "grad_norm", "num_tokens", "seconds")
             latest |= {(name, row["step"]): row[name] for name in names if row.get(name) is not None}
+            tasks = row.get("tasks", {}).items()
+            latest |= {(f"task/{name}/loss", row["step"]): t["loss"] for name, t in tasks if t["loss"] is not None}
         elif row["kind"] == "validation":
             latest[f"validation/{row['suite']}", row["step"]] = row["loss"]
     stamp = int(run.metrics.stat().st_mtime * 1000)
@@ -121,6 +123,10 @@ def finish_tracking(workspace: Workspace, run: RunFolder, tracking_id: str, scor
     for suite in scorecard.suites:
         for name in ("base", "tuned", "change"):
             store.log_metric(tracking_id, f"{suite.role}/{suite.name}/{name}", getattr(suite, name))
+    metrics = read_metrics(run.metrics)
+    for task in task_totals(metrics) if metrics else ():
+        for name in ("num_rows", "row_share", "num_target_tokens", "target_token_share"):
+            store.log_metric(tracking_id, f"task/{task.name}/{name}", getattr(task, name))
     store.set_tag(tracking_id, "contract", scorecard.contract.verdict)
     store.set_tag(tracking_id, "artifact", str(run.artifact))
     for file in (run.spec_yaml, run.spec, run.plan, run.lineage, run.scorecard, run.report, run.metrics):

@@ -18,19 +18,23 @@ import torch.distributed as dist
 from training import checkpoint, export, tuning
 from training import engine as engines
 from training.attach import Attached, attach_all, path_importance
-from training.batches import Schedule, collate, micro_batches, share
+from training.batches import collate, micro_batches, share
 from training.encoding import Encoded, load_tokenizer
 from training.errors import fail
 from training.faults import explained_at, output_to
 from training.importance import IMPORTANCE_FOLDER, PATH_INTEGRAL, write_importance
 from training.interpolate import interpolate
 from training.layout import Layout
+from training.mixture import tasks_of
 from training.models import hash_folder
 from training.objectives import Objective, make_objective
 from training.plan import Plan
 from training.prepare import Prepared, load_prepared
+from training.schedule import Schedule, schedule_of
+from training.seen import ExampleLog
 from training.spec import RunSpec
 from training.strategy import Si, Wise, is_adapter
+from training.task_figures import TaskFigures
 from training.weighing import weigh
 from training.workspace import RunFolder
 
@@ -72,8 +76,10 @@ class Trainer:
     spec_hash: str
     data_hash: str
     schedule: Schedule
+    tasks: TaskFigures
     initial: dict[str, torch.Tensor]
     step: int = 0
+    seen: ExampleLog | None = None
 
     @classmethod
     def start(cls, job: Job, folder: RunFolder) -> Trainer:
@@ -92,6 +98,8 @@ class Trainer:
             tuning.settle_buffers(model, spec.tuning, dtype)
         layout = Layout.of_engine(engine)
         unclip = engines.unclipping(engine, spec.training.max_grad_norm)
+        pad_id = tokenizer.pad_token_id
+        objective = make_objective(spec, model, weighed, job.aids, pad_id, engine.device)
         trainer = cls(
             spec=spec,
             plan=plan,
@@ -100,17 +108,20 @@ class Trainer:
             tokenizer=tokenizer,
             engine=engine,
             optimizer=optimizer,
-            objective=make_objective(spec, model, weighed, job.aids, tokenizer.pad_token_id, engine.device),
+            objective=objective,
             attached=attach_all(spec, engine.module, layout, optimizer, job.aids, unclip),
             aids=job.aids,
             spec_hash=job.spec_hash,
             data_hash=Path(job.prepared).stem,
             schedule=make_schedule(spec, plan, weighed.data),
+            tasks=make_task_figures(spec, plan, weighed.data, objective, engine.device),
             initial=initial,
         )
         # Adapters start alike on every worker; dropout must not, or all would drop the same units.
         seed_everything(spec.training.seed + 1 + dist.get_rank())
         trainer._resume()
+        if spec.training.log_examples:
+            trainer.seen = ExampleLog(folder.examples, trainer.step)
         return trainer
 
     def run(self) -> None:
@@ -193,15 +204,19 @@ class Trainer:
         rate = engines.learning_rate(self.spec.training, self.plan, self.step)
         engines.set_learning_rate(self.engine.optimizer, rate)
         self.engine.train()
-        figures = torch.zeros(1 + len(self.objective.names), device=self.engine.device)
-        for batch in share(batches, dist.get_rank(), self.plan.workers):
+        figures = torch.zeros(1 + len(self.objective.names) + len(self.tasks), device=self.engine.device)
+        own = share(batches, dist.get_rank(), self.plan.workers)
+        for batch in own:
             loss = self.objective.loss(self.engine, batch, totals)
-            figures += torch.stack([loss.value.detach(), *(loss.parts[name] for name in self.objective.names)])
+            parts = [loss.value.detach(), *(loss.parts[name] for name in self.objective.names)]
+            figures += torch.cat([torch.stack(parts), self.tasks.sums(batch, loss.losses)])
             # DeepSpeed divides by accumulation steps and averages over workers; this undoes both.
             self.engine.backward(loss.value * count)
             self.engine.step()
         dist.all_reduce(figures)
         self.step += 1
+        if self.seen:
+            self.seen.add(self.step, [index for batch in own for index in batch])
         self._log_step(figures.tolist(), rate, indices, totals.num_targets, time.monotonic() - started)
 
     def _loss_sum(self, examples: Sequence[Encoded]) -> torch.Tensor:
@@ -211,7 +226,8 @@ class Trainer:
     def _log_step(
         self, figures: list[float], rate: float, indices: list[int], num_targets: int, seconds: float
     ) -> None:
-        loss, *parts = figures
+        loss, *others = figures
+        parts, task_sums = others[: len(self.objective.names)], others[len(self.objective.names) :]
         if not math.isfinite(loss):
             instead = "lower training.learning_rate, or set training.precision: fp32"
             raise fail(f"the loss is not a finite number at step {self.step}", "training", instead)
@@ -227,6 +243,7 @@ class Trainer:
                 "num_tokens": sum(self.data.lengths[index] for index in indices),
                 "num_rows": len(indices),
                 **self._count_replayed(indices),
+                **self.tasks.row(indices, task_sums),
                 "seconds": seconds,
                 "epoch": self.step / self.schedule.steps_per_epoch,
             }
@@ -298,15 +315,15 @@ def make_schedule(spec: RunSpec, plan: Plan, data: Prepared) -> Schedule:
     """
     if plan.replay_per_batch and not data.replay:
         raise fail("there are no rows to replay", "protections", "set replay.data, or have the base write them again")
-    return Schedule(
-        num_examples=len(data.train),
-        global_batch_size=plan.global_batch_size,
-        epochs=spec.training.epochs,
-        seed=spec.training.seed,
-        max_steps=spec.training.max_steps,
-        num_replay=len(data.replay),
-        replay_per_batch=plan.replay_per_batch,
-    )
+    return schedule_of(spec, data.sizes, len(data.replay), plan.replay_per_batch)
+
+
+def make_task_figures(
+    spec: RunSpec, plan: Plan, data: Prepared, objective: Objective, device: torch.device
+) -> TaskFigures:
+    """What adds up a step's losses by task; nothing for a run without tasks."""
+    tasks = tasks_of(spec.data, data.sizes, plan.global_batch_size - plan.replay_per_batch)
+    return TaskFigures(tasks, objective.num_terms, data.num_targets, device)
 
 
 def _expect_trainable(model: torch.nn.Module, plan: Plan) -> None:

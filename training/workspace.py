@@ -84,6 +84,10 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def examples(self) -> Path:
+        return self.logs / "examples"
+
+    @property
     def registration(self) -> Path:
         """Written last of all: a run that has it is finished."""
         return self.path / "registered.json"

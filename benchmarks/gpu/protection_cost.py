@@ -234,7 +234,7 @@ def describe(rows: int, accumulation: int, parameters: int, variant: Variant | N
             "scaling": {"workers": 1, "zero_stage": 1},
         }
     )
-    counts = dict.fromkeys(Plan.__dataclass_fields__, 0)
+    counts: dict[str, Any] = {**dict.fromkeys(Plan.__dataclass_fields__, 0), "tasks": ()}
     plan = Plan(
         **{**counts, "trainable_parameters": parameters, "model_parameters": parameters}
         | {
