@@ -10,6 +10,7 @@ from tiny import END, START, make_tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from training.chat import render_prompt
 from training.encoding import (
     Encoded,
     encode,
@@ -18,7 +19,6 @@ from training.encoding import (
     encode_preferences,
     load_tokenizer,
     preview,
-    render_prompt,
     wants_chat,
 )
 from training.errors import TenureError
