@@ -117,7 +117,8 @@ def _rewritten(
     pairs = enumerate(zip(learned, served, strict=False))
     place = next((place for place, (one, two) in pairs if one != two), min(len(learned), len(served)))
     was, now = (_decoded(tokenizer, ids[place : place + 8]) for ids in (learned, served))
-    what = f"the chat template rewrites earlier turns: where {was!r} is learned, later turns are served after {now!r}"
+    change = f"{was!r} in the row of one answer is {now!r} in the prompt of the next"
+    what = f"the chat template rewrites earlier turns: {change}"
     return fail(what, where, "set the source's learn: each (a row for every answer, as served), or learn: last")
 
 
