@@ -58,9 +58,9 @@ def write_tiny_spec(
         "tuning": tuning or {"type": "lora", "rank": 4, "alpha": 8},
         "protections": protections or [],
         "data": {
-            "train": [{"path": "train.jsonl", "prompt": "question", "completion": "answer"}],
             # There are few sums of two digits, and training runs over all of them.
             "max_overlap": 1.0,
+            "train": [{"path": "train.jsonl", "prompt": "question", "completion": "answer"}],
         },
         "suites": suites or _suites(),
         "training": {

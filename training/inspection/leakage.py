@@ -155,6 +155,6 @@ def _content_key(spec: RunSpec) -> str:
         "files": [hash_file(Path(part.path)) for part in (*sources, *spec.suites.all)],
         "train": [source.model_dump(mode="json") for source in spec.data.train],
         "replay": [source.model_dump(mode="json") for source in (replay.data if replay else ())],
-        "suites": spec.suites.model_dump(mode="json", exclude={"min_gain", "max_loss"}),
+        "suites": spec.suites.model_dump(mode="json"),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,16 +1,16 @@
 """Which items of a suite also stand in other rows, after published decontamination practice.
 
-An item is found in a row when at least 70 % of its 8-grams of words are there (PaLM, arXiv 2204.02311, section 8), in
-one and the same row (Tulu 3, arXiv 2411.15124, section 3.2), and so is its answer: a known question with another answer
-gives nothing away. 8-grams that many prompts share are templates and count for nothing (GPT-3, arXiv 2005.14165, appendix C,
-leaves out what stands in more than ten documents). An item of plain text may stand in several rows, since documents are
-cut into pieces. Items with fewer words than an 8-gram are compared whole, prompt and answer.
+An item is found in a row when at least 70 % of its 8-grams of words are there (PaLM, arXiv 2204.02311), in one and
+the same row (as for Tulu 3, arXiv 2411.15124), and so is its answer: a known question with another answer gives
+nothing away. 8-grams that many prompts share are templates and count for nothing (GPT-3, arXiv 2005.14165, appendix
+C, leaves out what stands in more than ten documents). An item of plain text may stand in several rows, since
+documents are cut into pieces. Items with fewer words than an 8-gram are compared whole, prompt and answer.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,7 +57,7 @@ class _Item:
 class SuiteIndex:
     """The 8-grams of all suites, small beside the rows that are then read one by one and not kept."""
 
-    def __init__(self, suites: dict[str, Sequence[Sample]]) -> None:
+    def __init__(self, suites: Mapping[str, Sequence[Sample]]) -> None:
         self._short: dict[tuple[str, str], list[tuple[str, Sample]]] = defaultdict(list)
         self._found_whole: dict[tuple[str, str], str] = {}
         long: list[tuple[str, Sample, Hashes, int, str]] = []
@@ -178,11 +178,11 @@ class SuiteIndex:
         inside = np.ones(len(template) + GRAM - 1, bool)
         for start in np.flatnonzero(template):
             inside[start : start + GRAM] = False
-        clear = np.lib.stride_tricks.sliding_window_view(inside, GRAM).all(axis=1)
-        return clear if clear.sum() >= GRAM else ~template
+        clear = np.all(np.lib.stride_tricks.sliding_window_view(inside, GRAM), axis=1)
+        return clear if np.count_nonzero(clear) >= GRAM else np.logical_not(template)
 
 
-def find_overlap(suites: dict[str, Sequence[Sample]], rows: Iterable[Sample]) -> dict[str, list[Found]]:
+def find_overlap(suites: Mapping[str, Sequence[Sample]], rows: Iterable[Sample]) -> dict[str, list[Found]]:
     """By suite, its items of which at least FOUND_SHARE stands in the rows, with or without the answer."""
     index = SuiteIndex(suites)
     for row in rows:
