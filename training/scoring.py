@@ -17,13 +17,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.encoding import load_tokenizer, text_ids
+from training.encoding import load_tokenizer
 from training.errors import fail
 from training.models import hash_file, hash_folder
 from training.rows import SuiteItem, read_items
 from training.scorecard import Probe
 from training.spec import Accuracy, CrossEntropy, ExactMatch, RunSpec
 from training.suites import AnySuite, RenderedItem, context_ids, render_item
+from training.tokens import text_ids
 from training.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def protocol_of(spec: RunSpec, precision: str) -> dict[str, str | int | float | 
         "few_shot": 0,
     }
     for suite in spec.suites.all:
-        settings = suite.model_dump(mode="json", exclude={"path", "min_gain", "max_loss"})
+        settings = suite.model_dump(mode="json", exclude={"path", "min_gain", "max_loss", "inherited_from"})
         protocol[f"suite.{suite.name}"] = json.dumps(settings, sort_keys=True)
         protocol[f"data.{suite.name}"] = hash_file(suite.path)
     return protocol
