@@ -44,20 +44,26 @@ ProtectionType = TypeVar("ProtectionType", bound=Section)
 
 
 class Data(Section):
-    """What is trained on."""
+    """What is trained on, and how much of a suite it may give away: a share of the suite's items."""
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     overlong: Literal["refuse", "drop", "truncate"] = "refuse"
+    max_overlap: Fraction = 0.02
+    allow_overlap: tuple[Name, ...] = ()
 
 
 class _Suite(Section):
-    """What every suite has: a file of items, and thresholds of its own in place of the contract's."""
+    """What every suite has: a file of items, and thresholds of its own in place of the contract's.
+
+    `inherited_from` names the run whose target it was, where lineage brought it in; it is set by Tenure.
+    """
 
     name: Name
     path: DataFile
     limit: Count | None = None
     min_gain: NonNegative | None = None
     max_loss: NonNegative | None = None
+    inherited_from: Name | None = None
 
 
 class ExactMatch(_Suite):
@@ -109,10 +115,14 @@ Suite = Annotated[ExactMatch | Accuracy | CrossEntropy, Field(discriminator="met
 
 
 class Suites(Section):
-    """What is scored: target suites measure gain, retention suites measure forgetting."""
+    """What is scored: target suites measure gain, retention suites measure forgetting.
+
+    `inherit` adds the targets of the runs that the base model came from to the retention suites.
+    """
 
     target: Annotated[tuple[Suite, ...], Field(min_length=1)]
     retention: tuple[Suite, ...] = ()
+    inherit: Flag = True
 
     @model_validator(mode="after")
     def _names_and_thresholds(self) -> Suites:
@@ -223,6 +233,15 @@ class RunSpec(Section):
                 what = f"objective {objective.type} cannot learn from rows of the form {source.form}"
                 instead = f"give {' or '.join(FORMS[objective.type])}, or another objective"
                 raise fault(what, instead, ("train", index))
+        return value
+
+    @field_validator("suites")
+    @classmethod
+    def _allowed_overlaps_exist(cls, value: Suites, info: ValidationInfo) -> Suites:
+        known = [suite.name for suite in value.all]
+        for name in info.data["data"].allow_overlap if "data" in info.data else ():
+            if name not in known:
+                raise fault(f"data.allow_overlap names '{name}', which is no suite", f"suites: {', '.join(known)}")
         return value
 
     @field_validator("scaling")
