@@ -12,13 +12,14 @@ import torch
 
 from training.encoding import Encoded
 from training.schedule import Schedule
+from training.store import Numbers
 
 __all__ = ["IGNORE", "Schedule", "collate", "micro_batches", "share"]
 
 IGNORE = -100
 
 
-def micro_batches(indices: Sequence[int], lengths: Sequence[int], micro: int, count: int) -> list[list[int]]:
+def micro_batches(indices: Sequence[int], lengths: Sequence[int] | Numbers, micro: int, count: int) -> list[list[int]]:
     """A global batch as `count` micro-batches of at most `micro` examples of like length; spare ones are empty.
 
     Like lengths beside each other save padding; the loss is a sum over the global batch, so the cut is free.
