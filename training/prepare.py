@@ -44,15 +44,14 @@ from training.suites import encode_item
 from training.workspace import Workspace, read_json
 
 if TYPE_CHECKING:
-    from pydantic.main import IncEx
     from transformers import PreTrainedTokenizerBase
 
 # Raised when the same files and settings come to give other token ids.
 _ENCODING_VERSION = 6
 # What a folder tells beside its rows: the files of validation items by suite, two counts, and examples by source.
 TOLD = ("validation", "num_overlong", "longest_to_come", "sizes")
-# What of `data` decides how rows are mixed, and not their token ids.
-_MIXING: IncEx = {"mixture": True, "train": {"__all__": {"name", "weight", "cap", "repeats"}}}
+# What of a source decides how rows are mixed, and not their token ids.
+_MIXING = {"name", "weight", "cap", "repeats"}
 
 
 @dataclass(frozen=True)
@@ -287,7 +286,8 @@ def _content_key(spec: RunSpec, written: Path | None) -> str:
     parts = {
         "encoding": _ENCODING_VERSION,
         "files": [hash_file(file) for file in files],
-        "data": spec.data.model_dump(mode="json", exclude=_MIXING),
+        "data": spec.data.model_dump(mode="json", exclude={"mixture", "train"}),
+        "train": [source.model_dump(mode="json", exclude=_MIXING) for source in spec.data.train],
         "replay": replay.model_dump(mode="json", exclude={"share"}) if replay else None,
         "suites": spec.suites.model_dump(mode="json"),
         "max_length": spec.training.max_length,

@@ -156,7 +156,8 @@ def permuted(places: Places, count: int, name: str) -> Places:
 
 
 def _scrambled(places: Places, sides: tuple[int, int], keys: tuple[int, ...]) -> Places:
-    right, left = np.divmod(places, sides[0])
+    right: Places = places // sides[0]
+    left: Places = places % sides[0]
     for key_left, key_right in zip(keys[::2], keys[1::2], strict=True):
         left = (left + _mixed_bits(right, key_left, sides[0])) % sides[0]
         right = (right + _mixed_bits(left, key_right, sides[1])) % sides[1]
@@ -168,8 +169,8 @@ def _mixed_bits(values: Places, key: int, below: int) -> Places:
     bits = values.astype(np.uint64) + np.uint64(key)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    below_count: Places = ((bits ^ (bits >> np.uint64(31))) % np.uint64(below)).astype(np.int64)
-    return below_count
+    found: Places = ((bits ^ (bits >> np.uint64(31))) % np.uint64(below)).astype(np.int64)
+    return found
 
 
 @lru_cache(maxsize=256)
