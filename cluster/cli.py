@@ -48,6 +48,20 @@ def check(context: click.Context, spec: Path) -> None:
 
 @cli.command()
 @SPEC
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="The HTML page. Default: data/NAME.html in the workspace."
+)
+@click.option("--json", type=click.Path(path_type=Path), help="The figures. Default: data/NAME.json in the workspace.")
+@click.pass_context
+def data(context: click.Context, spec: Path, html: Path | None, json: Path | None) -> None:
+    """Show what is in the data of SPEC: lengths, duplicates, leaks, labels, languages, odd rows, secrets."""
+    from cluster.inspecting import show_data
+
+    show_data(spec, context.obj, html, json)
+
+
+@cli.command()
+@SPEC
 @click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
 @click.pass_context
 def train(context: click.Context, spec: Path, address: str | None) -> None:
