@@ -48,16 +48,14 @@ def check(context: click.Context, spec: Path) -> None:
 
 @cli.command()
 @SPEC
-@click.option(
-    "--html", type=click.Path(path_type=Path), help="The HTML page. Default: data/NAME.html in the workspace."
-)
-@click.option("--json", type=click.Path(path_type=Path), help="The figures. Default: data/NAME.json in the workspace.")
+@click.option("--html", "page", type=click.Path(path_type=Path), help="The page. Default: WORKSPACE/data/NAME.html.")
+@click.option("--json", "figures", type=click.Path(path_type=Path), help="Default: WORKSPACE/data/NAME.json.")
 @click.pass_context
-def data(context: click.Context, spec: Path, html: Path | None, json: Path | None) -> None:
+def data(context: click.Context, spec: Path, page: Path | None, figures: Path | None) -> None:
     """Show what is in the data of SPEC: lengths, duplicates, leaks, labels, languages, odd rows, secrets."""
     from cluster.inspecting import show_data
 
-    show_data(spec, context.obj, html, json)
+    show_data(spec, context.obj, page, figures)
 
 
 @cli.command()

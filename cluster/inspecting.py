@@ -24,7 +24,7 @@ def tell_leakage(spec: RunSpec, workspace: Workspace) -> None:
         console.print(f"[bold yellow]overlap[/]  {escape(sentence)}", soft_wrap=True)
 
 
-def show_data(spec_path: Path, workspace: Workspace, html: Path | None, json: Path | None) -> None:
+def show_data(spec_path: Path, workspace: Workspace, page: Path | None, figures: Path | None) -> None:
     """Look at the data of a spec, print what is in it, and write it as HTML and JSON.
 
     Raises:
@@ -38,9 +38,9 @@ def show_data(spec_path: Path, workspace: Workspace, html: Path | None, json: Pa
     spec = pipeline.read_spec(spec_path, workspace)
     report = survey(spec, spec_path, workspace)
     folder = workspace.root / "data"
-    html, json = html or folder / f"{spec.name}.html", json or folder / f"{spec.name}.json"
-    write_text(html, render_page(report))
-    write_json(json, report.model_dump(mode="json"))
+    page, figures = page or folder / f"{spec.name}.html", figures or folder / f"{spec.name}.json"
+    write_text(page, render_page(report))
+    write_json(figures, report.model_dump(mode="json"))
     console = make_screen()
     print_report(console, report)
-    console.print(f"\nreport {html}\nJSON   {json}", highlight=False, soft_wrap=True)
+    console.print(f"\nreport {page}\nJSON   {figures}", highlight=False, soft_wrap=True)

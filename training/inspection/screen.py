@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from training.inspection.figures import DataReport, Finding, Part, PreviewRow
-from training.inspection.page import SIGNS, languages_of, of_level, short_place, totals_of, verdict_of
+from training.inspection.page import SIGNS, hit_text, of_level, short_place, totals_of, verdict_of
 from training.report_format import printable
 
 _STYLES = {"stop": "bold yellow", "look": "bold cyan", "note": "dim"}
@@ -47,20 +47,9 @@ def _print_finding(console: Console, name: str, finding: Finding) -> None:
 
 
 def _part_table(report: DataReport) -> Table:
-    over = f"over {report.max_length:,}>"
-    headings = (
-        "part",
-        "role",
-        "rows>",
-        "tokens>",
-        "loss>",
-        "median>",
-        "longest>",
-        over,
-        "repeated\nnearly>",
-        "language",
-    )
-    table = _table(*headings)
+    over = f"over\n{report.max_length:,}>"
+    figures = ("rows>", "tokens>", "loss>", "median>", "longest>", over, "repeated\nnearly>")
+    table = _table("part", "role", *figures, "language")
     for part in report.parts:
         compared = part.role in ("train", "replay")
         table.add_row(
@@ -84,8 +73,9 @@ def _part_table(report: DataReport) -> Table:
 
 
 def _main_language(part: Part) -> str:
-    shares = languages_of(part)
-    return f"{shares[0].name} {shares[0].count / part.languages.sampled:.0%}" if shares else "–"
+    """The commonest language and its share of the texts whose language can be told."""
+    found = part.languages.found
+    return f"{found[0].name} {found[0].count / sum(share.count for share in found):.0%}" if found else "–"
 
 
 def _overlap_table(report: DataReport) -> Table:
