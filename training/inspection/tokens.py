@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training.encoding import Encoded, encode, prompt_ids, wants_chat
+from training.encoding import Encoded, encode, wants_chat
 from training.inspection.figures import Lengths
 from training.rows import Example, Passage, Preference
 from training.section import Source
+from training.tokens import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
