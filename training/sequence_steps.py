@@ -91,8 +91,8 @@ def next_model(artifact: Path, spec: RunSpec) -> Path:
 
 def _must_merge(sequence: SequenceSpec, index: int) -> bool:
     """Whether the task leaves an adapter that the next one needs folded into its base."""
-    task = sequence.tasks[index]
-    return is_adapter(task.tuning or sequence.tuning) and index + 1 < len(sequence.tasks)
+    tuning = sequence.tasks[index].tuning or sequence.tuning
+    return is_adapter(tuning) and not unmergeable(tuning) and index + 1 < len(sequence.tasks)
 
 
 def _own_protections(sequence: SequenceSpec, task: Task) -> tuple[Any, ...]:
@@ -165,10 +165,13 @@ def _watched(suite: AnySuite) -> AnySuite:
 
 
 def _faults(sequence: SequenceSpec, path: Path, lines: dict[Location, int], look_at_files: bool) -> Iterator[Problem]:
-    """Why tasks make no valid run, or do not follow each other, by file, line and key."""
+    """Why tasks make no valid run, or do not follow each other, by file, line and key; one a key."""
+    told: set[Location] = set()
     for index in range(len(sequence.tasks)):
         for key, what, instead in (*_chain_faults(sequence, index), *_run_faults(sequence, index, look_at_files)):
-            yield Problem(what, where_of(key, path, lines), instead)
+            if key not in told:
+                told.add(key)
+                yield Problem(what, where_of(key, path, lines), instead)
 
 
 Fault = tuple[Location, str, str]
