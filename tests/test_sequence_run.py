@@ -23,6 +23,7 @@ from training.transfer import summarise
 from training.workspace import RunFolder, Workspace, read_json
 
 CARRY = [REPLAY, EWC]
+WAIT_S = 900.0  # several runs, one after the other
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def start(folder: Path, model: Path, names: list[str]) -> tuple[Command, Workspa
 def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> WholeSequence:
     """Three tasks with replay and online EWC, not disturbed."""
     command, workspace, folder = start(tmp_path_factory.mktemp("whole"), tiny_model, list(TASKS))
-    return WholeSequence(command, command.finish(), workspace, folder)
+    return WholeSequence(command, command.finish(WAIT_S), workspace, folder)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def killed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> WholeS
         process.send_signal(signal.SIGKILL)
     first.finish()
     command = Command.start("resume", "tiny-1", workspace=workspace.root)
-    return WholeSequence(command, command.finish(), workspace, folder)
+    return WholeSequence(command, command.finish(WAIT_S), workspace, folder)
 
 
 def test_each_run_goes_on_from_the_last_artifact(whole: WholeSequence, tiny_model: Path) -> None:

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 # cells keep their colours on a dark page, and so does what is written in them.
 _WORST, _BEST = (0.93, 0.95, 0.98), (0.03, 0.25, 0.50)
 _DARK_TEXT, _LIGHT_TEXT = "#101418", "#fefefe"
-_WIDTH_INCHES, _ROW_INCHES, _HEAD_INCHES = 5.0, 0.44, 0.62
+_ROW_INCHES, _LINE_INCHES = 0.44, 0.19
 _LABEL_SHARE = 0.27
-_MOST_UPRIGHT = 4
+_MOST_UPRIGHT, _LEAST_COLUMNS = 4, 3
+_LIGHT_TEXT_FROM = 0.66  # where white on the cell gets easier to read than black
 
 
 def draw_heat_map(name: str, title: str, result: SequenceResult, columns: Sequence[int]) -> str:
@@ -29,7 +30,8 @@ def draw_heat_map(name: str, title: str, result: SequenceResult, columns: Sequen
         columns: indices into the result's columns.
     """
     slanted = len(columns) > _MOST_UPRIGHT
-    head = _HEAD_INCHES + (0.35 if slanted else 0.0)
+    lines = 1 + any(result.columns[index].unit != "share" for index in columns)
+    head = _LINE_INCHES * lines + 0.12 + (0.5 if slanted else 0.0)
     height = head + _ROW_INCHES * len(result.rows) + 0.05
     with open_figure(height) as figure:
         body = _ROW_INCHES * len(result.rows) / height
@@ -38,8 +40,8 @@ def draw_heat_map(name: str, title: str, result: SequenceResult, columns: Sequen
             _draw_column(axes, place, index, result)
             _write_head(axes, place, result.columns[index], slanted)
         for row, label in enumerate(row_labels(result)):
-            axes.text(-0.12, row, shortened(label, 16), ha="right", va="center", color=light_colour("ink"))
-        axes.set_xlim(-0.5, len(columns) - 0.5)
+            axes.text(-0.58, row, shortened(label, 16), ha="right", va="center", color=light_colour("ink"))
+        axes.set_xlim(-0.5, max(len(columns), _LEAST_COLUMNS) - 0.5)
         axes.set_ylim(len(result.rows) - 0.5, -0.5)
         axes.set_axis_off()
         return to_svg(figure, name, title)
@@ -90,7 +92,7 @@ def _draw_column(axes: Axes, place: int, index: int, result: SequenceResult) -> 
         learned = just_learned(result, row, index)
         edge = {"edgecolor": light_colour("warn"), "linewidth": 2.2} if learned else {"edgecolor": "none"}
         axes.add_patch(Rectangle((place - 0.46, row - 0.44), 0.92, 0.88, facecolor=colour, **edge))
-        ink = _LIGHT_TEXT if shade > 0.45 else _DARK_TEXT
+        ink = _LIGHT_TEXT if shade > _LIGHT_TEXT_FROM else _DARK_TEXT
         axes.text(place, row, text, ha="center", va="center", color=ink, fontweight="bold" if learned else "normal")
 
 
