@@ -256,11 +256,14 @@ def fetch(context: click.Context) -> None:
 
 
 @cli.command()
-def schema() -> None:
+@click.option("--sequence", "of_sequence", is_flag=True, help="Of a sequence of tasks.")
+def schema(of_sequence: bool) -> None:
     """Print the JSON Schema of a spec, for editors."""
+    from training.sequence import SequenceSpec
     from training.spec import RunSpec
 
-    click.echo(json.dumps(RunSpec.model_json_schema(), indent=1))
+    kind = SequenceSpec if of_sequence else RunSpec
+    click.echo(json.dumps(kind.model_json_schema(), indent=1))
 
 
 def main() -> None:
