@@ -1,18 +1,24 @@
-"""Whole sequences by the command line: the chain of artifacts, the matrix, and a kill half-way."""
+"""Whole sequences: the chain of artifacts, the matrix, and an interruption half-way.
+
+Workers and scoring processes are this process, so that the runs take seconds; all else is what the command does.
+"""
 
 from __future__ import annotations
 
 import json
-import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from commands import Command
 from jobs import artifact_weights
 from tiny_sequence import EWC, REPLAY, TASKS, task, write_sequence
 
+from cluster.sequence import report_sequence, resume_sequence, train_sequence
+from training.errors import TenureError
 from training.importance import read_info
 from training.models import hash_folder
 from training.scorecard import Scorecard, read_scorecard
@@ -20,20 +26,20 @@ from training.sequence_folder import SequenceFolder
 from training.sequence_result import SequenceResult, read_result
 from training.tracking import client, tracking_id_of
 from training.transfer import summarise
+from training.worker import Trainer
 from training.workspace import RunFolder, Workspace, read_json
 
 CARRY = [REPLAY, EWC]
-WAIT_S = 900.0  # several runs, one after the other
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class WholeSequence:
-    """A sequence of the command line that has ended."""
+    """A sequence that has ended."""
 
-    command: Command
-    status: int
     workspace: Workspace
     folder: SequenceFolder
+    kept: bool
 
     @property
     def runs(self) -> list[RunFolder]:
@@ -50,34 +56,51 @@ class WholeSequence:
         return result
 
 
-def start(folder: Path, model: Path, names: list[str]) -> tuple[Command, Workspace, SequenceFolder]:
-    path = write_sequence(folder, model, [task(name) for name in names], carry=CARRY)
+@pytest.fixture(scope="module")
+def here(one_process: None) -> Iterator[pytest.MonkeyPatch]:
+    """Workers, scoring and Ray's session are this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.fit.run_workers", lambda function, config, *_: function(config))
+        for module in ("cluster.pipeline", "cluster.aids"):
+            patch.setattr(f"{module}.run_tasks", lambda compute, jobs, *_: [compute(job) for job in jobs])
+        patch.setattr("cluster.pipeline.ray_session", lambda *_: nullcontext())
+        yield patch
+
+
+def spec_of(folder: Path, model: Path, names: list[str], **sections: Any) -> tuple[Path, Workspace, SequenceFolder]:
+    path = write_sequence(folder, model, [task(name) for name in names], **{"carry": CARRY, **sections})
     workspace = Workspace.at(folder / "workspace")
-    command = Command.start("sequence", path, workspace=workspace.root)
-    return command, workspace, SequenceFolder(workspace.root / "sequences" / "tiny-1")
+    return path, workspace, SequenceFolder(workspace.root / "sequences" / "tiny-1")
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> WholeSequence:
+def whole(here: pytest.MonkeyPatch, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> WholeSequence:
     """Three tasks with replay and online EWC, not disturbed."""
-    command, workspace, folder = start(tmp_path_factory.mktemp("whole"), tiny_model, list(TASKS))
-    return WholeSequence(command, command.finish(WAIT_S), workspace, folder)
+    path, workspace, folder = spec_of(tmp_path_factory.mktemp("whole"), tiny_model, list(TASKS))
+    return WholeSequence(workspace, folder, train_sequence(path, workspace, None))
 
 
 @pytest.fixture(scope="module")
-def killed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> WholeSequence:
-    """Its first two tasks, killed (driver and all) in the second one and resumed."""
-    first, workspace, folder = start(tmp_path_factory.mktemp("killed"), tiny_model, list(TASKS)[:2])
-    first.wait_for(5, RunFolder(workspace.runs / "tiny-differences-1"))
-    for process in first.survivors():
-        process.send_signal(signal.SIGKILL)
-    first.finish()
-    command = Command.start("resume", "tiny-1", workspace=workspace.root)
-    return WholeSequence(command, command.finish(WAIT_S), workspace, folder)
+def interrupted(here: pytest.MonkeyPatch, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> WholeSequence:
+    """Its first two tasks, interrupted in the second one's fourth step and resumed."""
+    path, workspace, folder = spec_of(tmp_path_factory.mktemp("killed"), tiny_model, list(TASKS)[:2])
+    train_step = Trainer.train_step
+
+    def stop_there(trainer: Trainer) -> None:
+        if trainer.folder.id == "tiny-differences-1" and trainer.step == 3:
+            raise KeyboardInterrupt
+        train_step(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop_there)
+        with pytest.raises(SystemExit) as left:
+            train_sequence(path, workspace, None)
+    assert left.value.code == INTERRUPTED
+    return WholeSequence(workspace, folder, resume_sequence("tiny-1", workspace, None, rescaled=False))
 
 
 def test_each_run_goes_on_from_the_last_artifact(whole: WholeSequence, tiny_model: Path) -> None:
-    assert whole.status == 0, whole.command.err
+    assert whole.kept is all(card.contract.verdict == "kept" for card in whole.cards)
     assert whole.folder.runs() == {name: f"tiny-{name}-1" for name in TASKS}
     hashes = [hash_folder(tiny_model), *(hash_folder(run.artifact) for run in whole.runs)]
     assert [card.base_hash for card in whole.cards] == hashes[:-1]
@@ -141,34 +164,48 @@ def test_what_earlier_tasks_taught_is_marked_as_inherited(whole: WholeSequence) 
     }
 
 
-def test_the_screen_and_the_page_show_the_matrix(whole: WholeSequence) -> None:
-    assert "task 3 of 3: products" in whole.command.out
-    assert "backward transfer" in whole.command.out
-    assert "Warning" not in whole.command.out + whole.command.err
+def test_the_page_and_the_command_show_the_matrix(whole: WholeSequence, capfd: pytest.CaptureFixture[str]) -> None:
     page = whole.folder.report.read_text(encoding="utf-8")
     assert page.count("<svg") == 2
-    assert "http" not in page.replace("http-equiv", "")
-    shown = Command.start("report", "tiny-1", "--json", workspace=whole.workspace.root)
-    assert shown.finish() == 0, shown.err
-    assert json.loads(shown.out) == read_json(whole.folder.result)
+    report_sequence("tiny-1", whole.workspace, as_json=True)
+    assert json.loads(capfd.readouterr().out) == read_json(whole.folder.result)
+    report_sequence("tiny-1", whole.workspace, as_json=False)
+    assert "backward transfer" in capfd.readouterr().out
 
 
-def test_a_killed_sequence_goes_on_to_the_same_artifacts(whole: WholeSequence, killed: WholeSequence) -> None:
-    assert killed.status == 0, killed.command.err
-    assert killed.folder.runs() == {name: f"tiny-{name}-1" for name in list(TASKS)[:2]}
-    assert "run tiny-sums-1 is finished" in killed.command.out
-    assert sorted(path.name for path in killed.workspace.runs.iterdir()) == ["tiny-differences-1", "tiny-sums-1"]
-    for run, wanted in zip(killed.runs, whole.runs, strict=False):
+def test_an_interrupted_sequence_goes_on_to_the_same_artifacts(
+    whole: WholeSequence, interrupted: WholeSequence
+) -> None:
+    assert interrupted.folder.runs() == {name: f"tiny-{name}-1" for name in list(TASKS)[:2]}
+    assert sorted(path.name for path in interrupted.workspace.runs.iterdir()) == ["tiny-differences-1", "tiny-sums-1"]
+    for run, wanted in zip(interrupted.runs, whole.runs, strict=False):
         given, expected = artifact_weights(run.artifact), artifact_weights(wanted.artifact)
         assert given.keys() == expected.keys()
         assert all(torch.equal(given[name], expected[name]) for name in expected)
-    resumed = [row for row in killed.runs[1].metrics.read_text().splitlines() if '"resume"' in row]
-    assert len(resumed) == 1
+    rows = [json.loads(line) for line in interrupted.runs[1].metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "resume"] == [2]  # the last whole checkpoint
+    assert not [row for row in interrupted.runs[0].metrics.read_text().splitlines() if '"resume"' in row]
 
 
 def test_resuming_a_finished_sequence_does_nothing_again(whole: WholeSequence) -> None:
-    before = [run.registration.read_bytes() for run in whole.runs]
-    again = Command.start("resume", "tiny-1", workspace=whole.workspace.root)
-    assert again.finish() == 0, again.err
-    assert again.out.count("is finished") == 3
-    assert [run.registration.read_bytes() for run in whole.runs] == before
+    before = [(run.registration.read_bytes(), run.scorecard.stat().st_mtime_ns) for run in whole.runs]
+    assert resume_sequence("tiny-1", whole.workspace, None, rescaled=False) is whole.kept
+    assert [(run.registration.read_bytes(), run.scorecard.stat().st_mtime_ns) for run in whole.runs] == before
+
+
+def test_another_scale_is_for_a_run(whole: WholeSequence) -> None:
+    with pytest.raises(TenureError, match=r"another scale is for one run\n.*tenure resume tiny-products-1 with it"):
+        resume_sequence("tiny-1", whole.workspace, None, rescaled=True)
+
+
+def test_an_adapter_goes_on_from_its_merged_model(here: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path) -> None:
+    lora = {"type": "lora", "rank": 4, "alpha": 8}
+    path, workspace, folder = spec_of(tmp_path, tiny_model, list(TASKS)[:2], tuning=lora)
+    done = WholeSequence(workspace, folder, train_sequence(path, workspace, None))
+    first, second = done.runs
+    assert done.cards[1].base_hash == hash_folder(first.artifact / "merged")
+    assert read_json(second.lineage)["parent"] == {"run": first.id}
+    assert not (second.artifact / "merged").exists()
+    for before, after in zip(done.cards[0].suites, done.cards[1].suites, strict=True):
+        scores = {suite.name: suite.base for suite in done.cards[1].suites}
+        assert scores[before.name] == pytest.approx(before.tuned, rel=1e-3), after.name

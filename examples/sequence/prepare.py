@@ -20,9 +20,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-NUM_TRAIN = 256
-NUM_TEST = 50
-NUM_SENTENCES = 40
+NUM_TRAIN = 96
+NUM_TEST = 24
+NUM_SENTENCES = 16
 LONGEST_CHARACTERS = 60
 LONGEST_PROBLEM = 140
 
