@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from training.encoding import Encoded, encode, load_tokenizer, prompt_ids, render_prompt, spaced, text_ids, wants_chat
 from training.errors import fail
-from training.models import hash_file, hash_folder
+from training.locations import hash_data
+from training.models import hash_folder
 from training.readers import read_rows
 from training.rows import Conversation, Messages, read_prompts
 from training.spec import RunSpec
@@ -169,7 +170,7 @@ def replay_job(spec: RunSpec, workspace: Workspace) -> GenerateJob:
         "version": _GENERATE_VERSION,
         "model": hash_folder(Path(spec.model)),
         "generate": settings,
-        "prompts": hash_file(replay.generate.prompts.path) if replay.generate.prompts else None,
+        "prompts": hash_data(replay.generate.prompts.path) if replay.generate.prompts else None,
         "max_length": spec.training.max_length,
         "overlong": spec.data.overlong,
         "seed": spec.training.seed,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 from training.errors import Problem, raise_all
-from training.readers import LastFault, Row, RowFault, open_rows
+from training.locations import Location
+from training.readers import open_rows
+from training.row import LastFault, Row, RowFault
 from training.section import Source
 from training.spec import Accuracy, CrossEntropy, ExactMatch
 from training.strategy import Prompts
@@ -115,7 +116,7 @@ def examples(source: Source, faults: Faults | None = None) -> Iterator[Example]:
     return _built(source.path, lambda row, where: build(source, row, where), faults or Faults())
 
 
-def _built(path: Path, build: Callable[[Row, str], Built], faults: Faults) -> Iterator[Built]:
+def _built(path: Location, build: Callable[[Row, str], Built], faults: Faults) -> Iterator[Built]:
     for where, row in open_rows(path):
         try:
             if isinstance(row, RowFault):

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from training.section import (
     Count,
-    DataFile,
+    DataLocation,
     Flag,
     Fraction,
     Name,
@@ -54,7 +54,7 @@ class _Suite(Section):
     """What every suite has: a file of items, and thresholds of its own in place of the contract's."""
 
     name: Name
-    path: DataFile
+    path: DataLocation
     limit: Count | None = None
     min_gain: NonNegative | None = None
     max_loss: NonNegative | None = None
