@@ -70,7 +70,7 @@ def protocol_of(spec: RunSpec, precision: str) -> dict[str, str | int | float | 
         "few_shot": 0,
     }
     for suite in spec.suites.all:
-        settings = suite.model_dump(mode="json", exclude={"path", "min_gain", "max_loss"})
+        settings = suite.model_dump(mode="json", exclude={"path", "min_gain", "max_loss", "inherited_from"})
         protocol[f"suite.{suite.name}"] = json.dumps(settings, sort_keys=True)
         protocol[f"data.{suite.name}"] = hash_data(suite.path)
     return protocol

@@ -51,13 +51,17 @@ class Data(Section):
 
 
 class _Suite(Section):
-    """What every suite has: a file of items, and thresholds of its own in place of the contract's."""
+    """What every suite has: a file of items, and thresholds of its own in place of the contract's.
+
+    `inherited_from` names the run whose target it was, where lineage brought it in; it is set by Tenure.
+    """
 
     name: Name
     path: DataLocation
     limit: Count | None = None
     min_gain: NonNegative | None = None
     max_loss: NonNegative | None = None
+    inherited_from: Name | None = None
 
 
 class ExactMatch(_Suite):
@@ -109,10 +113,14 @@ Suite = Annotated[ExactMatch | Accuracy | CrossEntropy, Field(discriminator="met
 
 
 class Suites(Section):
-    """What is scored: target suites measure gain, retention suites measure forgetting."""
+    """What is scored: target suites measure gain, retention suites measure forgetting.
+
+    `inherit` adds the targets of the runs that the base model came from to the retention suites.
+    """
 
     target: Annotated[tuple[Suite, ...], Field(min_length=1)]
     retention: tuple[Suite, ...] = ()
+    inherit: Flag = True
 
     @model_validator(mode="after")
     def _names_and_thresholds(self) -> Suites:
