@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import pipeline
+from cluster.inspecting import tell_leakage
 from cluster.screen import facts
 from training.encoding import Encoded, load_tokenizer, preview
 from training.lineage import describe_lineage
@@ -29,6 +30,7 @@ def show_check(spec_path: Path, workspace: Workspace) -> None:
     """Validate a spec and its data, print the plan and the first examples as the model will see them."""
     spec = pipeline.read_spec(spec_path, workspace)
     plan, prepared = pipeline.plan_run(spec, workspace)
+    tell_leakage(spec, workspace)
     console = Console(highlight=False)
     console.print(f"[bold green]valid[/]  {spec_path}")
     console.print(plan_table(plan, spec.protection(Replay)))

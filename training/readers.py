@@ -16,6 +16,8 @@ from training.locations import DataFile, Location, files_of
 from training.row import LastFault, Read, Row, RowFault
 from training.table_rows import read_arrow, read_csv, read_parquet
 
+__all__ = ["FORMATS", "LastFault", "Row", "RowFault", "open_rows", "read_rows"]
+
 # By ending; any other is read as JSONL.
 FORMATS: dict[str, Callable[[DataFile], Iterator[tuple[int, Read]]]] = {
     ".jsonl": read_lines,

@@ -11,7 +11,7 @@ from training.errors import Problem, raise_all
 from training.locations import Location
 from training.readers import open_rows
 from training.row import LastFault, Row, RowFault
-from training.section import Source
+from training.section import Learn, Source
 from training.spec import Accuracy, CrossEntropy, ExactMatch
 from training.strategy import Prompts
 from training.templating import column_of, fill, fill_text
@@ -26,13 +26,15 @@ Built = TypeVar("Built")
 class Conversation:
     """A training example: chat turns, of which the assistant's are learned, or a plain prompt and completion.
 
-    A turn has `role` and `content` (text), and where the row gives them `tool_calls`, `tool_call_id`, `name` and
-    `reasoning_content`, as in OpenAI's API. `tools` are the functions that may be called, as JSON Schema.
+    A turn has `role` and `content` (text), and where the row gives them `tool_calls`, `tool_call_id`, `name`,
+    `reasoning_content` and `weight` (0: not learned), as in OpenAI's API. `tools` are the functions that may be called,
+    as JSON Schema. Of the assistant's turns are learned all, the last, or each in a row of its own.
     """
 
     messages: Messages
     where: str
     tools: tuple[dict[str, Any], ...] = ()
+    learn: Learn = "all"
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def read_items(suite: ExactMatch | Accuracy | CrossEntropy) -> list[SuiteItem]:
 
 
 def _conversation(source: Source, row: Row, where: str) -> Conversation:
-    return Conversation(_messages(source, row), where)
+    return Conversation(_messages(source, row), where, learn=source.learn)
 
 
 def _passage(source: Source, row: Row, where: str) -> Passage:

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.encoding import load_tokenizer, text_ids
+from training.encoding import load_tokenizer
 from training.errors import fail
 from training.locations import hash_data
 from training.models import hash_file, hash_folder
@@ -25,6 +25,7 @@ from training.rows import SuiteItem, read_items
 from training.scorecard import Probe
 from training.spec import Accuracy, CrossEntropy, ExactMatch, RunSpec
 from training.suites import AnySuite, RenderedItem, context_ids, render_item
+from training.tokens import text_ids
 from training.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:

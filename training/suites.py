@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from training.encoding import Encoded, prompt_ids, render_prompt, spaced, text_ids, wants_chat
-from training.rows import SuiteItem
+from training.chat import render_prompt
+from training.encoding import Encoded, encode, spaced, wants_chat
+from training.rows import Conversation, SuiteItem
 from training.spec import Accuracy, CrossEntropy, ExactMatch
+from training.tokens import continued_ids, prompt_ids, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,19 +30,27 @@ class RenderedItem:
 def render_item(suite: AnySuite, item: SuiteItem, tokenizer: PreTrainedTokenizerBase) -> RenderedItem:
     """The rendered item, by the chat template where the suite asks for it."""
     if wants_chat(suite.chat, tokenizer, item.where):
-        system = [{"role": "system", "content": item.system}] if item.system else []
-        prompt = render_prompt(tokenizer, [*system, {"role": "user", "content": item.prompt}], item.where)
+        prompt = render_prompt(tokenizer, _conversation(item).messages[:-1], item.where)
         return RenderedItem(prompt, item.completion, item.choices, item.right)
     prompt = f"{item.system}\n{item.prompt}" if item.system else item.prompt
     choices = tuple(spaced(prompt, choice) for choice in item.choices)
     return RenderedItem(prompt, spaced(prompt, item.completion), choices, item.right)
 
 
+def _conversation(item: SuiteItem) -> Conversation:
+    system = ({"role": "system", "content": item.system},) if item.system else ()
+    turns = ({"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.completion})
+    return Conversation((*system, *turns), item.where)
+
+
 def encode_item(suite: AnySuite, item: SuiteItem, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Token ids of an item with loss on its right answer, cut on the left to max_length."""
+    if suite.metric == "exact_match" and wants_chat(suite.chat, tokenizer, item.where):
+        row = encode(tokenizer, _conversation(item), chat=True)
+        return Encoded(row.ids[-max_length:], row.is_target[-max_length:])
     rendered = render_item(suite, item, tokenizer)
     prompt = context_ids(suite, rendered.prompt, tokenizer)
-    answer = text_ids(tokenizer, rendered.target)
+    answer = continued_ids(tokenizer, rendered.target) if rendered.prompt else text_ids(tokenizer, rendered.target)
     if suite.metric == "exact_match" and tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]
     ids = [*prompt, *answer]
