@@ -21,10 +21,11 @@ from training.encoding import Encoded, encode, load_tokenizer, spaced, wants_cha
 from training.errors import fail
 from training.models import hash_file, hash_folder
 from training.readers import read_rows
-from training.rows import Conversation, Messages, read_prompts
+from training.rows import Conversation, read_prompts
 from training.spec import RunSpec
 from training.strategy import Generate, Replay
 from training.tokens import continued_ids, prompt_ids, text_ids
+from training.turns import Messages
 from training.workspace import Workspace, write_json
 
 if TYPE_CHECKING:
