@@ -22,10 +22,11 @@ from training.errors import fail
 from training.locations import hash_data
 from training.models import hash_folder
 from training.readers import read_rows
-from training.rows import Conversation, Messages, read_prompts
+from training.rows import Conversation, read_prompts
 from training.spec import RunSpec
 from training.strategy import Generate, Replay
 from training.tokens import continued_ids, prompt_ids, text_ids
+from training.turns import Messages
 from training.workspace import Workspace, write_json
 
 if TYPE_CHECKING:

@@ -15,10 +15,9 @@ from training.section import Learn, Source
 from training.spec import Accuracy, CrossEntropy, ExactMatch
 from training.strategy import Prompts
 from training.templating import column_of, fill, fill_text
+from training.turns import Messages, checked_tools, checked_turns
 
 MAX_PROBLEMS = 20
-ROLES = ("system", "user", "assistant", "tool")
-Messages = tuple[dict[str, Any], ...]
 Built = TypeVar("Built")
 
 
@@ -175,7 +174,8 @@ def read_items(suite: ExactMatch | Accuracy | CrossEntropy) -> list[SuiteItem]:
 
 
 def _conversation(source: Source, row: Row, where: str) -> Conversation:
-    return Conversation(_messages(source, row), where, learn=source.learn)
+    tools = checked_tools(row.get(source.tools), source.tools) if source.messages else ()
+    return Conversation(_messages(source, row), where, tools, source.learn)
 
 
 def _passage(source: Source, row: Row, where: str) -> Passage:
@@ -185,7 +185,7 @@ def _passage(source: Source, row: Row, where: str) -> Passage:
 
 def _messages(source: Source, row: Row) -> Messages:
     if source.messages is not None:
-        return _checked_turns(row, source.messages)
+        return checked_turns(row.get(source.messages), source.messages, ", ".join(row))
     assert source.completion is not None
     return (*_prompt_turns(source, row), {"role": "assistant", "content": _non_empty(source.completion, row)})
 
@@ -205,20 +205,6 @@ def _preference(source: Source, row: Row, where: str) -> Preference:
         raise RowFault("the chosen and the rejected answer are the same: the pair teaches nothing", "remove the row")
     answers = ((*prompt, {"role": "assistant", "content": answer}) for answer in (chosen, rejected))
     return Preference(*(Conversation(messages, where) for messages in answers))
-
-
-def _checked_turns(row: Row, column: str) -> Messages:
-    turns = row.get(column)
-    if not isinstance(turns, list) or not turns:
-        raise RowFault(f"'{column}' is no list of turns", f"columns here: {', '.join(row)}")
-    for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
-            raise RowFault("a turn is no object with role and content", 'write {"role": "user", "content": "..."}')
-        if turn.get("role") not in ROLES:
-            raise RowFault(f"the role {turn.get('role')!r} is unknown", f"known: {', '.join(ROLES)}")
-    if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
-        raise RowFault("there is nothing to learn: the last turn is not a filled assistant turn", "end with one")
-    return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
 
 
 def _exact_item(suite: ExactMatch, row: Row, where: str) -> SuiteItem:

@@ -73,6 +73,7 @@ class Source(Section):
     they hold `{{`; `system` is text, or such a template.
     `chat` says whether prompts are rendered by the model's chat template (auto: when it has one).
     `learn` says which of the assistant's turns are learned: all, the last, or each as a row of its own.
+    `tools` is the column of functions that may be called, where rows of messages have it.
     """
 
     path: DataLocation
@@ -85,6 +86,7 @@ class Source(Section):
     system: Text | None = None
     chat: Flag | Literal["auto"] = "auto"
     learn: Learn = "all"
+    tools: Text = "tools"
 
     @property
     def form(self) -> Form:
