@@ -68,7 +68,8 @@ Learn = Literal["all", "last", "each"]
 class Source(Section):
     """Training rows of a file, a glob, a folder, a dataset of the hub or a URL, in one of four forms.
 
-    A prompt and a completion; chat messages; a prompt with a chosen and a rejected answer; or plain text.
+    A prompt and a completion; chat messages; a prompt with a chosen and a rejected answer; or plain text. Where no
+    column is named the form is recognised by those that there are.
     `prompt`, `completion`, `chosen`, `rejected` and `text` name a column, or are a Jinja template over columns when
     they hold `{{`; `system` is text, or such a template.
     `chat` says whether prompts are rendered by the model's chat template (auto: when it has one).
@@ -90,21 +91,31 @@ class Source(Section):
 
     @property
     def form(self) -> Form:
-        """Which of the four forms the rows have."""
+        """Which of the four forms the rows have; unknown until they are looked at, where no column is named."""
+        if not self._given:
+            return "unknown"
         if self.messages is not None:
             return "messages"
         if self.text is not None:
             return "text"
         return "preference" if self.chosen is not None else "completion"
 
-    @model_validator(mode="after")
-    def _one_form(self) -> Source:
+    @property
+    def _given(self) -> set[str]:
         columns = ("prompt", "completion", "chosen", "rejected", "messages", "text")
-        given = {name for name in columns if getattr(self, name) is not None}
+        return {name for name in columns if getattr(self, name) is not None}
+
+    @model_validator(mode="after")
+    def _one_form(self, info: ValidationInfo) -> Source:
+        """The source with its columns, which are recognised where none is named and files may be looked at."""
+        if not self._given:
+            return self._recognised() if (info.context or {}).get("look_at_files") else self
+        given = self._given
         for alone in ("messages", "text"):
             if alone in given and (len(given) > 1 or self.system is not None):
                 raise fault(f"{alone} stand beside other columns", f"give {alone} alone", (alone,))
-        if given not in ({"messages"}, {"text"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"}):
+        pair = {"chosen", "rejected"}
+        if given not in ({"messages"}, {"text"}, {"prompt", "completion"}, pair, pair | {"prompt"}):
             instead = "set prompt and completion (or messages, or text, or prompt, chosen and rejected) to columns"
             raise fault("rows need a prompt and a completion", instead)
         if self.messages is not None and self.chat is False:
@@ -113,5 +124,14 @@ class Source(Section):
             raise fault("plain text has no chat turns", "remove chat: true", ("chat",))
         return self
 
+    def _recognised(self) -> Source:
+        from training.shapes import reason_of, recognised
 
-Form = Literal["completion", "messages", "preference", "text"]
+        try:
+            source: Source = recognised(self)
+        except TenureError as error:
+            raise fault(*reason_of(error)) from None
+        return source
+
+
+Form = Literal["completion", "messages", "preference", "text", "unknown"]

@@ -229,7 +229,7 @@ class RunSpec(Section):
     def _forms_fit(cls, value: Data, info: ValidationInfo) -> Data:
         objective: Sft | Lm | Dpo | Distill | None = info.data.get("objective")
         for index, source in enumerate(value.train):
-            if objective and source.form not in FORMS[objective.type]:
+            if objective and source.form not in (*FORMS[objective.type], "unknown"):
                 what = f"objective {objective.type} cannot learn from rows of the form {source.form}"
                 instead = f"give {' or '.join(FORMS[objective.type])}, or another objective"
                 raise fault(what, instead, ("train", index))

@@ -446,7 +446,7 @@ def _refuse(objective: Any, tuning: Any, protection: Any) -> tuple[str, str] | N
 
 def _refuse_replay(replay: Replay) -> tuple[str, str] | None:
     for source in replay.data:
-        if source.form not in REPLAY_FORMS:
+        if source.form not in (*REPLAY_FORMS, "unknown"):
             return f"rows of the form {source.form} cannot be replayed", f"give {', '.join(REPLAY_FORMS)}"
     return None
 
