@@ -94,6 +94,7 @@ def render_html(run: RunFolder, scorecard: Scorecard) -> str:
 
 
 def environment() -> Environment:
+    """The templates of reports, which escape all that is filled in."""
     # Items hold whatever users and models wrote: everything is escaped but the charts.
     folder = Path(__file__).parent / "templates"
     loader = FileSystemLoader(folder)
