@@ -62,7 +62,7 @@ def rows_of(data: Data, *sizes: int, batch: int = BATCH) -> list[int]:
 @st.composite
 def mixtures(draw: st.DrawFn) -> Drawn:
     """A mixture that can be mixed, of one to five tasks."""
-    sizes = draw(st.lists(st.integers(1, 400), min_size=1, max_size=5))
+    sizes = draw(st.lists(st.integers(1, 200), min_size=1, max_size=5))
     by = draw(st.sampled_from(["size", "temperature", "weight"]))
     bounds = st.fixed_dictionaries(
         {"cap": st.none() | st.integers(1, 300), "repeats": st.integers(1, 4)},
@@ -84,7 +84,7 @@ def mixable(drawn: Drawn) -> bool:
 MIXTURES = mixtures().filter(mixable)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(MIXTURES)
 def test_an_epoch_takes_no_example_more_often_than_asked_and_every_task_its_share(drawn: Drawn) -> None:
     data, sizes = drawn
@@ -101,7 +101,7 @@ def test_an_epoch_takes_no_example_more_often_than_asked_and_every_task_its_shar
     assert sum(task.asked for task in plan.tasks) == pytest.approx(1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(MIXTURES)
 def test_every_batch_holds_the_minimum_and_about_every_tasks_share(drawn: Drawn) -> None:
     data, sizes = drawn
@@ -115,7 +115,7 @@ def test_every_batch_holds_the_minimum_and_about_every_tasks_share(drawn: Drawn)
             assert abs(number - task.rows * len(batch) / plan.rows_per_epoch) <= 1 + len(sizes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(MIXTURES, st.integers(0, 10**6), st.integers(0, 2**32))
 def test_a_batch_is_the_same_from_any_start_and_at_any_world_size(drawn: Drawn, start: int, seed: int) -> None:
     whole = [schedule(*drawn, seed=seed).batch(step) for step in range(schedule(*drawn).num_steps)]
@@ -129,7 +129,7 @@ def test_a_batch_is_the_same_from_any_start_and_at_any_world_size(drawn: Drawn, 
         assert sorted(fed) == sorted(whole[start])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(MIXTURES)
 def test_tasks_take_turns_over_the_epochs(drawn: Drawn) -> None:
     """However little of a task an epoch takes, none of its examples lags behind another by more than a turn."""
@@ -186,7 +186,7 @@ def test_rows_spread_evenly_and_only_ever_come_on_top() -> None:
     assert all(abs(row[3] - places * 13 / 24) < 1.2 for places, row in enumerate(taken))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5000), st.text(max_size=5))
 def test_a_permutation_is_one_and_differs_by_name(count: int, name: str) -> None:
     found = permuted(np.arange(count), count, name)
