@@ -63,15 +63,13 @@ def learned_turns(conversation: Conversation) -> list[int]:
     """The places of the assistant's turns that are learned: those of weight 0 are not, and `last` means the last turn.
 
     Raises:
-        TenureError: there is none, the conversation does not end with one, or one is empty.
+        TenureError: the conversation does not end with one, or one is empty.
     """
     messages, where = conversation.messages, conversation.where
     if messages[-1]["role"] != "assistant":
         raise fail(f"the last turn is the {messages[-1]['role']}'s: nothing to learn", where, "end with an answer")
     places = [place for place, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight", 1)]
     places = places[-1:] if conversation.learn == "last" else places
-    if not places:
-        raise fail("every assistant turn has weight 0: nothing to learn", where, "remove the row")
     for place in places:
         if not (str(messages[place].get("content") or "").strip() or messages[place].get("tool_calls")):
             raise fail(f"the assistant's turn {place + 1} is empty", where, "fill it, or remove the row")

@@ -61,6 +61,7 @@ class Plan:
     replay_token_share: float | None
     memory_per_worker_bytes: int
     disk_bytes: int
+    num_untaught: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class DataCounts:
     num_overlong: int
     num_replay: int = 0
     num_replay_target_tokens: int = 0
+    num_untaught: int = 0
 
 
 def make_plan(
@@ -136,6 +138,7 @@ def make_plan(
         replay_token_share=_replay_token_share(counts, steps_per_epoch, replay_per_batch),
         memory_per_worker_bytes=memory,
         disk_bytes=estimate_disk(spec, info, trainable) + estimate_signals(spec, counts),
+        num_untaught=counts.num_untaught,
     )
 
 
