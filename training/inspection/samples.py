@@ -6,15 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from training.rows import (
-    Conversation,
-    Preference,
-    SuiteItem,
-    read_conversations,
-    read_items,
-    read_passages,
-    read_preferences,
-)
+from training.rows import Conversation, Example, Passage, Preference, SuiteItem, examples, read_items
 from training.section import Source
 from training.spec import Accuracy, CrossEntropy, ExactMatch
 
@@ -40,17 +32,19 @@ class Sample:
 
 
 def read_samples(source: Source) -> Iterator[Sample]:
-    """Every row of a source.
+    """Every row of a source, as it is asked for.
 
     Raises:
         TenureError: every row's fault at once.
     """
-    if source.form == "text":
-        yield from (Sample(passage.where, "", passage.text) for passage in read_passages(source))
-    elif source.form == "preference":
-        yield from map(_of_preference, read_preferences(source))
-    else:
-        yield from map(_of_conversation, read_conversations(source))
+    return map(sample_of, examples(source))
+
+
+def sample_of(example: Example) -> Sample:
+    """A training example as a sample."""
+    if isinstance(example, Passage):
+        return Sample(example.where, "", example.text)
+    return _of_preference(example) if isinstance(example, Preference) else _of_conversation(example)
 
 
 def read_suite(suite: ExactMatch | Accuracy | CrossEntropy) -> Iterator[Sample]:
@@ -59,7 +53,7 @@ def read_suite(suite: ExactMatch | Accuracy | CrossEntropy) -> Iterator[Sample]:
     Raises:
         TenureError: every row's fault at once.
     """
-    return map(_of_item, read_items(suite))
+    return map(sample_of_item, read_items(suite))
 
 
 def _of_conversation(conversation: Conversation) -> Sample:
@@ -72,7 +66,7 @@ def _of_conversation(conversation: Conversation) -> Sample:
 
 
 def _said_by(conversation: Conversation, *roles: str) -> str:
-    return "\n".join(turn["content"] for turn in conversation.messages if turn["role"] in roles)
+    return "\n".join(turn.get("content") or "" for turn in conversation.messages if turn["role"] in roles)
 
 
 def _of_preference(pair: Preference) -> Sample:
@@ -81,5 +75,6 @@ def _of_preference(pair: Preference) -> Sample:
     return Sample(chosen.where, chosen.prompt, chosen.answer, chosen.system, rejected)
 
 
-def _of_item(item: SuiteItem) -> Sample:
+def sample_of_item(item: SuiteItem) -> Sample:
+    """A suite's item as a sample; its answer is the one that is right."""
     return Sample(item.where, item.prompt, item.completion, item.system)
