@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tiny_spec import write_rows
 
 from training.errors import TenureError
-from training.readers import MAX_ROW_BYTES, read_rows
+from training.readers import read_rows
+from training.row import MAX_ROW_BYTES
 from training.rows import (
     MAX_PROBLEMS,
     Faults,
