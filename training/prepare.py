@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from training.encoding import (
     Encoded,
+    Untaught,
     encode_all,
     encode_passages,
     encode_preferences,
@@ -47,9 +48,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raised when the same files and settings come to give other token ids.
-_ENCODING_VERSION = 6
-# What a folder tells beside its rows: the files of validation items by suite, two counts, and examples by source.
-TOLD = ("validation", "num_overlong", "longest_to_come", "sizes")
+_ENCODING_VERSION = 7
+# What a folder tells beside its rows: the files of validation items by suite, counts, and examples by source.
+TOLD = ("validation", "num_overlong", "longest_to_come", "num_untaught", "sizes")
 # What of a source decides how rows are mixed, and not their token ids.
 _MIXING = {"name", "weight", "cap", "repeats"}
 
@@ -59,7 +60,8 @@ class Prepared:
     """Encoded training examples, rows to replay, validation items of every suite, and how many rows were overlong.
 
     Of preference data `train` holds the chosen answers, and `rejected` the others in the same order; else that is
-    empty. `longest_to_come` bounds the tokens of the replay rows that the base writes (0 when it writes none).
+    empty. `longest_to_come` bounds the tokens of the replay rows that the base writes (0 when it writes none);
+    `num_untaught` rows were dropped because they had no target token.
     `sizes` says how many of the training examples each source gave, in the spec's order.
     Rows are read from disk as they are asked for; their lengths and numbers of targets need no look at the tokens.
     """
@@ -70,6 +72,7 @@ class Prepared:
     rejected: Sequence[Encoded] = ()
     replay: Sequence[Encoded] = ()
     longest_to_come: int = 0
+    num_untaught: int = 0
     sizes: tuple[int, ...] = ()
 
     @cached_property
@@ -111,6 +114,7 @@ class Prepared:
             lengths=self.lengths,
             num_replay=len(self.replay),
             num_replay_target_tokens=int(targets_of(self.replay).sum(dtype="int64")),
+            num_untaught=self.num_untaught,
             sources=tuple(self._count(end - size, end) for size, end in zip(self.sizes, ends, strict=True)),
         )
 
@@ -155,6 +159,7 @@ def load_prepared(path: Path) -> Prepared:
         rejected=StoredRows(path / "rejected.arrow"),
         replay=StoredRows(path / "replay.arrow"),
         longest_to_come=told["longest_to_come"],
+        num_untaught=told["num_untaught"],
         sizes=tuple(told["sizes"]),
     )
 
@@ -165,7 +170,8 @@ def _write(folder: Path, prepared: Prepared) -> None:
     for file, rows in (files | {validation[name]: rows for name, rows in prepared.validation.items()}).items():
         with RowWriter(folder / file) as writer:
             writer.write_rows(rows)
-    told = (validation, prepared.num_overlong, prepared.longest_to_come, prepared.sizes)
+    counts = (prepared.num_overlong, prepared.longest_to_come, prepared.num_untaught)
+    told = (validation, *counts, prepared.sizes)
     write_meta(folder, dict(zip(TOLD, told, strict=True)))
 
 
@@ -200,6 +206,7 @@ def _encode(spec: RunSpec, written: Path | None) -> Prepared:
         rejected=tuple(train.rejected),
         replay=tuple(replay),
         longest_to_come=longest_to_come,
+        num_untaught=train.num_untaught + replayed.num_untaught,
         sizes=train.sizes,
     )
 
@@ -214,10 +221,13 @@ class EncodedSource:
     examples: list[Encoded]
     num_overlong: int
     rejected: Sequence[Encoded] = ()
+    num_untaught: int = 0
     sizes: tuple[int, ...] = ()
 
 
-def encode_source(tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int, overlong: str) -> EncodedSource:
+def encode_source(
+    tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int, overlong: str, untaught: str = "refuse"
+) -> EncodedSource:
     """All rows of a source, whatever its form; of text, num_overlong counts those that were cut into pieces.
 
     Raises:
@@ -226,11 +236,13 @@ def encode_source(tokenizer: PreTrainedTokenizerBase, source: Source, max_length
     if source.form == "text":
         return EncodedSource(*encode_passages(tokenizer, read_passages(source), max_length))
     chat = wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
+    lost = Untaught(drop=untaught == "drop")
     if source.form == "preference":
         pairs = read_preferences(source)
-        chosen, rejected, num_overlong = encode_preferences(tokenizer, pairs, chat, max_length, overlong)
-        return EncodedSource(chosen, num_overlong, rejected)
-    return EncodedSource(*encode_all(tokenizer, read_conversations(source), chat, max_length, overlong))
+        chosen, rejected, num_overlong = encode_preferences(tokenizer, pairs, chat, max_length, overlong, lost)
+        return EncodedSource(chosen, num_overlong, rejected, lost.count)
+    examples, num_overlong = encode_all(tokenizer, read_conversations(source), chat, max_length, overlong, lost)
+    return EncodedSource(examples, num_overlong, (), lost.count)
 
 
 @contextmanager
@@ -259,11 +271,13 @@ def _encode_sources(
     encoded: list[EncodedSource] = []
     for source in sources:
         with _gathered(problems):
-            encoded.append(encode_source(tokenizer, source, spec.training.max_length, spec.data.overlong))
+            asked = (spec.training.max_length, spec.data.overlong, spec.data.untaught)
+            encoded.append(encode_source(tokenizer, source, *asked))
     return EncodedSource(
         examples=[row for one in encoded for row in one.examples],
         num_overlong=sum(one.num_overlong for one in encoded),
         rejected=[row for one in encoded for row in one.rejected],
+        num_untaught=sum(one.num_untaught for one in encoded),
         sizes=tuple(len(one.examples) for one in encoded),
     )
 

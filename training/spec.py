@@ -100,6 +100,7 @@ class Data(Section):
     train: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
     mixture: Mixture | None = None
     overlong: Literal["refuse", "drop", "truncate"] = "refuse"
+    untaught: Literal["refuse", "drop"] = "refuse"
     max_overlap: Fraction = 0.02
     allow_overlap: tuple[Name, ...] = ()
 

@@ -186,7 +186,15 @@ def _schema_at(kind: type[Section], location: tuple[str | int, ...]) -> dict[str
             here = {"$ref": here["discriminator"]["mapping"][part]}
         else:
             # A part that is no key is the tag of a union's member, which the union's own schema tells more about.
-            here = here.get("properties", {}).get(part, here)
+            sections = _sections(here, schema)
+            here = next((section["properties"][part] for section in sections if part in section["properties"]), here)
         while "$ref" in here:
             here = schema["$defs"][here["$ref"].rsplit("/", 1)[1]]
     return here
+
+
+def _sections(here: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sections that a key takes: itself, or those that stand beside other kinds of values."""
+    members = [member for member in here.get("anyOf", ()) if "$ref" in member]
+    named = [schema["$defs"][member["$ref"].rsplit("/", 1)[1]] for member in members]
+    return [section for section in (here, *named) if "properties" in section]
