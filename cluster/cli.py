@@ -240,6 +240,14 @@ def fetch(context: click.Context) -> None:
 
 
 @cli.command()
+def templates() -> None:
+    """Print the library of prompt templates, for `templates: {library: ...}` in a source of rows."""
+    from training.instructions import page
+
+    click.echo(page(), nl=False)
+
+
+@cli.command()
 def schema() -> None:
     """Print the JSON Schema of a spec, for editors."""
     from training.spec import RunSpec

@@ -200,7 +200,9 @@ class EncodedSource:
     rejected: Sequence[Encoded] = ()
 
 
-def encode_source(tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int, overlong: str) -> EncodedSource:
+def encode_source(
+    tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int, overlong: str, seed: int = 0
+) -> EncodedSource:
     """All rows of a source, whatever its form; of text, num_overlong counts those that were cut into pieces.
 
     Raises:
@@ -210,10 +212,10 @@ def encode_source(tokenizer: PreTrainedTokenizerBase, source: Source, max_length
         return EncodedSource(*encode_passages(tokenizer, read_passages(source), max_length))
     chat = wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
     if source.form == "preference":
-        pairs = read_preferences(source)
+        pairs = read_preferences(source, seed)
         chosen, rejected, num_overlong = encode_preferences(tokenizer, pairs, chat, max_length, overlong)
         return EncodedSource(chosen, num_overlong, rejected)
-    return EncodedSource(*encode_all(tokenizer, read_conversations(source), chat, max_length, overlong))
+    return EncodedSource(*encode_all(tokenizer, read_conversations(source, seed), chat, max_length, overlong))
 
 
 @contextmanager
@@ -242,7 +244,8 @@ def _encode_sources(
     encoded: list[EncodedSource] = []
     for source in sources:
         with _gathered(problems):
-            encoded.append(encode_source(tokenizer, source, spec.training.max_length, spec.data.overlong))
+            limits = (spec.training.max_length, spec.data.overlong, spec.training.seed)
+            encoded.append(encode_source(tokenizer, source, *limits))
     return EncodedSource(
         examples=[row for one in encoded for row in one.examples],
         num_overlong=sum(one.num_overlong for one in encoded),
@@ -266,12 +269,14 @@ def _content_key(spec: RunSpec, written: Path | None) -> str:
     replay = spec.protection(Replay)
     files += replay.files if replay else ()
     files += [written] if written else []
+    sources = (*spec.data.train, *_replay_sources(spec))
     parts = {
         "encoding": _ENCODING_VERSION,
         "files": [hash_data(file) for file in files],
         "data": spec.data.model_dump(mode="json"),
         "replay": replay.model_dump(mode="json", exclude={"share"}) if replay else None,
         "suites": spec.suites.model_dump(mode="json"),
+        "seed": spec.training.seed if any(one.templates for one in sources) else None,
         "max_length": spec.training.max_length,
         "validation_items": spec.training.validation_items,
     }
