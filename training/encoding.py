@@ -156,13 +156,13 @@ def encode_all(
     Raises:
         TenureError: rows are longer and overlong is "refuse", or a row has no target token.
     """
-    rows = [row for split in _built(conversations, lambda one: _rows(one, chat)) for row in split]
+    rows = [row for split in _built(conversations, lambda one: split_rows(one, chat)) for row in split]
     encoded = _built(rows, lambda row: (encode(tokenizer, row, chat),))
     kept, num_longer = _fit(encoded, [row.where for row in rows], max_length, overlong)
     return [example for (example,), _ in kept], num_longer
 
 
-def _rows(conversation: Conversation, chat: bool) -> list[Conversation]:
+def split_rows(conversation: Conversation, chat: bool) -> list[Conversation]:
     """The rows that a conversation becomes: one, or one for every answer where each is to be learned by itself."""
     if not chat or conversation.learn != "each":
         return [conversation]

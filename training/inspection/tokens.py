@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training.encoding import Encoded, encode, wants_chat
+from training.encoding import Encoded, encode, split_rows, wants_chat
 from training.inspection.figures import Lengths
 from training.rows import Example, Passage, Preference
 from training.section import Source
@@ -31,13 +31,17 @@ class RowEncoder:
         self._chat = source.form != "text" and wants_chat(chat, tokenizer, str(Path(source.path)))
 
     def encode(self, example: Example) -> tuple[Encoded, ...]:
-        """One row, or the chosen and the rejected of a pair; a text whole, with its end token."""
+        """One row, or the chosen and the rejected of a pair, or one for every answer where each is learned by itself.
+
+        A text stays whole, with its end token.
+        """
         if isinstance(example, Passage):
             assert self._tokenizer.eos_token_id is not None
             ids = (*prompt_ids(self._tokenizer, example.text), int(self._tokenizer.eos_token_id))
             return (Encoded(ids, (False,) + (True,) * (len(ids) - 1)),)
         pair = (example.chosen, example.rejected) if isinstance(example, Preference) else (example,)
-        return tuple(encode(self._tokenizer, conversation, self._chat) for conversation in pair)
+        rows = (row for conversation in pair for row in split_rows(conversation, self._chat))
+        return tuple(encode(self._tokenizer, row, self._chat) for row in rows)
 
 
 class TokenCounts:
@@ -49,7 +53,7 @@ class TokenCounts:
         self.num_targets = 0
 
     def add(self, rows: tuple[Encoded, ...]) -> None:
-        """A row, or both of a pair; the longer one counts for the row's length."""
+        """What a row of the file becomes; the longest counts for the row's length."""
         self.lengths.append(max(len(row.ids) for row in rows))
         self.num_tokens += sum(len(row.ids) for row in rows)
         self.num_targets += sum(row.num_targets for row in rows)
