@@ -61,6 +61,7 @@ def plan_table(plan: Plan, replay: Replay | None = None) -> Table:
             "ZeRO stage": str(plan.zero_stage),
             "batch": f"{plan.global_batch_size} = {plan.workers} workers x {plan.accumulation_steps} "
             f"accumulated x {plan.micro_batch_size}",
+            **({"packing": f"rows of up to {plan.row_tokens:,} tokens"} if plan.row_tokens else {}),
             "steps": f"{plan.steps} ({plan.steps_per_epoch} an epoch)",
             "examples": f"{plan.num_examples:,} ({plan.num_overlong} longer than max_length)",
             "tokens": f"{plan.num_tokens_per_epoch:,} an epoch, {plan.num_target_tokens_per_epoch:,} carry loss",

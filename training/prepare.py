@@ -102,6 +102,7 @@ class Prepared:
             num_target_tokens=int(self.target_counts[: len(self.train)].sum(dtype="int64")),
             longest=max(self.longest_to_come, int(lengths_of(self.sequences).max())),
             num_overlong=self.num_overlong,
+            lengths=self.lengths,
             num_replay=len(self.replay),
             num_replay_target_tokens=int(targets_of(self.replay).sum(dtype="int64")),
         )
