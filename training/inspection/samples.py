@@ -62,11 +62,11 @@ def read_suite(suite: ExactMatch | Accuracy | CrossEntropy) -> Iterator[Sample]:
 
 def _of_conversation(conversation: Conversation) -> Sample:
     learned = set(learned_turns(conversation))
-    system, prompt, answer = [], [], []
+    said: dict[str, list[str]] = {"system": [], "prompt": [], "answer": []}
     for place, turn in enumerate(conversation.messages):
-        part = system if turn["role"] == "system" else answer if place in learned else prompt
-        part.append(_said(turn))
-    return Sample(conversation.where, "\n".join(prompt), "\n".join(answer), "\n".join(system))
+        part = "system" if turn["role"] == "system" else "answer" if place in learned else "prompt"
+        said[part].append(_said(turn))
+    return Sample(conversation.where, **{part: "\n".join(texts) for part, texts in said.items()})
 
 
 def _said(turn: Mapping[str, Any]) -> str:
