@@ -16,6 +16,7 @@ from training.encoding import Encoded, load_tokenizer, preview
 from training.lineage import describe_lineage
 from training.plan import GIB, Plan, describe_replay
 from training.prepare import load_prepared
+from training.shapes import describe_source
 from training.spec import RunSpec
 from training.strategy import Replay
 from training.workspace import Workspace
@@ -35,6 +36,8 @@ def show_check(spec_path: Path, workspace: Workspace) -> None:
     console.print(f"[bold green]valid[/]  {spec_path}")
     console.print(plan_table(plan, spec.protection(Replay)))
     tell_lineage(console, spec, workspace)
+    for source in spec.data.train:
+        console.print(f"rows of {source.path}: {describe_source(source)}", soft_wrap=True, markup=False)
     tokenizer = load_tokenizer(Path(spec.model))
     console.print("the first examples; [bold green]green[/] tokens carry loss, others are only read:")
     data = load_prepared(prepared)
