@@ -31,16 +31,14 @@ class RowEncoder:
         self._chat = source.form != "text" and wants_chat(chat, tokenizer, str(Path(source.path)))
 
     def encode(self, example: Example) -> tuple[Encoded, ...]:
-        """One row, or the chosen and the rejected of a pair, or one for every answer where each is learned by itself.
-
-        A text stays whole, with its end token.
-        """
+        """A row (or one for every answer, where each is learned by itself), both of a pair, or a text whole."""
         if isinstance(example, Passage):
             assert self._tokenizer.eos_token_id is not None
             ids = (*prompt_ids(self._tokenizer, example.text), int(self._tokenizer.eos_token_id))
             return (Encoded(ids, (False,) + (True,) * (len(ids) - 1)),)
-        pair = (example.chosen, example.rejected) if isinstance(example, Preference) else (example,)
-        rows = (row for conversation in pair for row in split_rows(conversation, self._chat))
+        rows = (
+            (example.chosen, example.rejected) if isinstance(example, Preference) else split_rows(example, self._chat)
+        )
         return tuple(encode(self._tokenizer, row, self._chat) for row in rows)
 
 
@@ -53,7 +51,7 @@ class TokenCounts:
         self.num_targets = 0
 
     def add(self, rows: tuple[Encoded, ...]) -> None:
-        """What a row of the file becomes; the longest counts for the row's length."""
+        """A row, or both of a pair; the longer one counts for the row's length."""
         self.lengths.append(max(len(row.ids) for row in rows))
         self.num_tokens += sum(len(row.ids) for row in rows)
         self.num_targets += sum(row.num_targets for row in rows)
