@@ -333,7 +333,7 @@ WEIGHTS = {"by": "weight"}
             [GOOD, OTHER],
             {"by": "size", "minimum": 5},
             {"global_batch_size": 8},
-            "training.global_batch_size: data.mixture.minimum: 5 of each of 2 tasks makes 10 rows, and a global batch has 8",
+            "training.global_batch_size: data.mixture.minimum: 5 of each of 2 tasks makes 10 rows, and a global batch has 8",  # noqa: E501
         ),
     ],
 )
