@@ -4,8 +4,8 @@
 
 A byte-level Llama of two layers (82 thousand parameters, random weights) learns to name a word's first letter, then its
 last one, then its length, by full tuning: the same steps and learning rate for every way of carrying, each by `tenure
-sequence`'s own code on the machine's processors. Words are random letters; those of the tests are not in the training
-rows. Scores are exact matches. `--pages` keeps each sequence's page with its heat map.
+sequence`'s own code, with its workers and scoring in this one process instead of Ray's. Words are random letters; those
+of the tests are not in the training rows. Scores are exact matches. `--pages` keeps each sequence's page.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 import yaml
 
 from cluster.sequence import train_sequence
@@ -44,12 +48,13 @@ NUM_TRAIN, NUM_TEST = 400, 50
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pages", type=Path)
     arguments = parser.parse_args()
     found = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch, alone(Path(scratch)):
         folder = Path(scratch)
         write_data(folder)
         workspace = Workspace.at(folder / "workspace")
@@ -65,6 +70,20 @@ def main() -> None:
     about = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
     written = {"machine": about, "settings": {"steps": arguments.steps}, "sequences": found}
     arguments.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """A process group of this process, which is every worker and scores every model."""
+    os.environ["LOCAL_RANK"] = "0"
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=0, world_size=1)
+    with (
+        mock.patch("training.fit.run_workers", lambda function, config, *_: function(config)),
+        mock.patch("cluster.pipeline.run_tasks", lambda compute, jobs, *_: [compute(job) for job in jobs]),
+        mock.patch("cluster.pipeline.ray_session", return_value=nullcontext()),
+    ):
+        yield
+    dist.destroy_process_group()
 
 
 def write_data(folder: Path) -> None:
