@@ -18,7 +18,7 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,11 @@ from training.workspace import Workspace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from tiny import make_tiny_model
 
-TASKS = {"first": lambda word: word[0], "last": lambda word: word[-1], "length": lambda word: str(len(word))}
+TASKS: dict[str, Callable[[str], str]] = {
+    "first": lambda word: word[0],
+    "last": lambda word: word[-1],
+    "length": lambda word: str(len(word)),
+}
 WAYS: dict[str, list[dict[str, Any]]] = {
     "plain": [],
     "replay": [{"type": "replay", "share": 0.25}],
