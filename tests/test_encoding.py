@@ -6,16 +6,19 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
-from tiny import END, START, make_tiny_tokenizer
+from tiny import END, PAD, START, make_tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+import training.chat
 from training.chat import render_prompt
 from training.encoding import (
     Encoded,
+    Untaught,
     encode,
     encode_all,
     encode_passages,
@@ -26,6 +29,9 @@ from training.encoding import (
 )
 from training.errors import TenureError
 from training.rows import Conversation, Passage, Preference
+from training.section import Learn
+
+LEARNS: tuple[Learn, ...] = get_args(Learn)
 
 SINGLE = Conversation(({"role": "user", "content": "what is 3+4"}, {"role": "assistant", "content": "7"}), "f row 1")
 MULTI = Conversation(
@@ -163,8 +169,13 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(tokenizer: PreTrainedTokeniz
         (f"{START}system\nYou add.{END}\n{START}user\n3+4?{END}\n{START}assistant\n", False),
         (f"It is 7.\n{END}", True),
     ]
-    with pytest.raises(TenureError, match="f row 2: every assistant turn has weight 0"):
-        encode(tokenizer, replace(SINGLE, messages=(*turns[3:4], turns[4]), where="f row 2"), chat=True)
+    for learn in LEARNS:
+        unlearned = replace(SINGLE, messages=turns[3:], where="f row 2", learn=learn)
+        with pytest.raises(TenureError, match="f row 2: no target token is left to learn"):
+            encode_all(tokenizer, [SINGLE, unlearned], True, 4096, "refuse")
+        untaught = Untaught(drop=True)
+        kept, _ = encode_all(tokenizer, [SINGLE, unlearned], True, 4096, "refuse", untaught)
+        assert (kept, untaught.count) == ([encode(tokenizer, SINGLE, chat=True)], 1)
 
 
 def merging(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -229,6 +240,88 @@ def test_turns_that_a_template_refuses_are_told_with_its_words(tokenizer: PreTra
         encode(tokenizer, SINGLE, chat=True)
 
 
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+        (ENDLESS, "it has not come to an end in 0.2 seconds"),
+        ("{{ messages.__class__.__mro__ }}", "access to attribute '__class__' of 'list' object is unsafe"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ messages[0].text.first }}", "has no attribute 'text'"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "maximum recursion depth exceeded"),
+        ("{{ [].append(1) }}", "is not safely callable|unsafe"),
+    ],
+)
+def test_a_template_that_fails_or_reaches_out_is_told_by_row(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
+) -> None:
+    monkeypatch.setattr(training.chat, "RENDER_LIMIT_S", 0.2)
+    tokenizer.chat_template = template
+    rows = [SINGLE, replace(SINGLE, where="f row 3")]
+    with pytest.raises(
+        TenureError, match=f"f row 1: the model's chat template refuses the turns user: .*({reason})"
+    ) as caught:
+        encode_all(tokenizer, rows, True, 4096, "refuse")
+    assert [problem.where for problem in caught.value.problems] == ["f row 1", "f row 3"]
+
+
+def test_a_template_whose_end_does_not_stop_the_model_is_refused(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    end = tokenizer.eos_token_id
+    tokenizer.eos_token = PAD
+    tokenizer.add_special_tokens({"additional_special_tokens": [END]})
+    tokenizer.save_pretrained(tmp_path / "a")
+    told = f"the chat template ends turns with {END}, at which the model does not stop".replace("|", r"\|")
+    with pytest.raises(TenureError, match=told) as caught:
+        encode_all(load_tokenizer(tmp_path / "a"), [SINGLE, MULTI], True, 4096, "refuse")
+    (problem,) = caught.value.problems  # one for the model, not one a row
+    assert (problem.where, f"add its id {end} to eos_token_id" in problem.instead) == (str(tmp_path / "a"), True)
+    for name, stops in (("generation_config.json", [end]), ("config.json", end)):
+        tokenizer.save_pretrained(tmp_path / name)
+        (tmp_path / name / name).write_text(json.dumps({"eos_token_id": stops}))
+        stopping = load_tokenizer(tmp_path / name)
+        assert preview(stopping, encode(stopping, SINGLE, chat=True))[-1] == (f"7{END}", True)
+
+
+def test_an_answer_that_goes_on_after_its_end_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = ({"role": "user", "content": "3+4?"}, {"role": "assistant", "content": f"7{END} and more"})
+    with pytest.raises(TenureError, match=r"f row 1: an answer goes on after <\|im_end\|>, at which serving stops"):
+        encode(tokenizer, Conversation(turns, "f row 1"), chat=True)
+    once = ({"role": "user", "content": "3+4?"}, {"role": "assistant", "content": f"7{END}"})
+    assert preview(tokenizer, encode(tokenizer, Conversation(once, ""), chat=True))[-1] == (f"7{END}", True)
+
+
+def test_an_answer_that_the_template_does_not_end_gets_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    found = preview(tokenizer, encode(tokenizer, SINGLE, chat=True))
+    assert found == [("user: what is 3+4\n", False), (f"assistant: 7\n{END}", True)]
+
+
+ASK, ANSWER = SINGLE.messages
+
+
+@pytest.mark.parametrize(
+    ("turns", "what"),
+    [
+        ((ASK, ANSWER, ASK), "the last turn is the user's: nothing to learn"),
+        ((ASK, ANSWER | {"content": " "}, ASK, ANSWER), "the assistant's turn 2 is empty"),
+        ((ANSWER, ASK, ANSWER), "the first turn is the assistant's"),
+    ],
+)
+def test_turns_that_teach_nothing_are_told_by_row(
+    tokenizer: PreTrainedTokenizerFast, turns: tuple[dict[str, Any], ...], what: str
+) -> None:
+    for learn in LEARNS:
+        if learn != "last" or turns[-1] != ANSWER:
+            with pytest.raises(TenureError, match=f"f row 1: {what}"):
+                encode_all(tokenizer, [Conversation(turns, "f row 1", learn=learn)], True, 4096, "refuse")
+
+
 def test_chat_needs_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
     assert wants_chat("auto", tokenizer, "f")
     assert not wants_chat(False, tokenizer, "f")
@@ -266,6 +359,16 @@ def test_overlong_rows_are_refused_dropped_or_truncated_and_counted(tokenizer: P
 def test_rows_whose_answer_is_cut_away_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(TenureError, match=r"f row 1: no target token is left to learn \(2 rows like this\)"):
         encode_all(tokenizer, of_lengths(3, 4), chat=False, max_length=2, overlong="truncate")
+
+
+def test_rows_and_pairs_without_targets_are_dropped_and_counted_where_asked(tokenizer: PreTrainedTokenizerFast) -> None:
+    long = Conversation(({"role": "user", "content": "q" * 9}, {"role": "assistant", "content": "7"}), "f row 1")
+    untaught = Untaught(drop=True)
+    kept, longer = encode_all(tokenizer, [long, *of_lengths(3)], False, 8, "truncate", untaught)
+    assert ([row.num_targets for row in kept], longer, untaught.count) == ([4], 1, 1)
+    pairs = [Preference(long, replace(long, messages=SINGLE.messages)), preference("xx", "yy")]
+    chosen, rejected, longer = encode_preferences(tokenizer, pairs, False, 8, "truncate", untaught)
+    assert (len(chosen), len(rejected), longer, untaught.count) == (1, 1, 1, 2)
 
 
 def test_the_first_token_is_no_target(tokenizer: PreTrainedTokenizerFast) -> None:

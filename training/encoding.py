@@ -39,6 +39,14 @@ class Encoded:
         return sum(self.is_target[1:])
 
 
+@dataclass
+class Untaught:
+    """What becomes of rows of which no target token is left: they are refused, or dropped and counted."""
+
+    drop: bool = False
+    count: int = 0
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder, with a pad token (the end token where it has none).
 
@@ -151,31 +159,29 @@ def encode_all(
     chat: bool,
     max_length: int,
     overlong: str,
+    untaught: Untaught | None = None,
     tally: Tally | None = None,
 ) -> tuple[list[Encoded], int]:
     """All examples encoded, and how many were longer than max_length (dropped or truncated as asked).
 
-    Args:
-        tally: counts what is wrong with these rows and others, for the caller to refuse them.
-
     Raises:
         TenureError: rows are longer and overlong is "refuse", or a row has no target token.
     """
-    rows = [row for split in _built(conversations, lambda one: _rows(one, chat)) for row in split]
+    rows = [row for split in _built(conversations, lambda one: split_rows(one, chat)) for row in split]
     encoded = _built(rows, lambda row: (encode(tokenizer, row, chat),))
     counted = Tally() if tally is None else tally
     before = counted.num_longer
-    kept = _fit(encoded, [row.where for row in rows], max_length, overlong, counted)
+    kept = _fit(encoded, [row.where for row in rows], max_length, overlong, untaught, counted)
     if tally is None:
         counted.refuse(max_length, overlong)
     return [example for (example,), _ in kept], counted.num_longer - before
 
 
-def _rows(conversation: Conversation, chat: bool) -> list[Conversation]:
+def split_rows(conversation: Conversation, chat: bool) -> list[Conversation]:
     """The rows that a conversation becomes: one, or one for every answer where each is to be learned by itself."""
     if not chat or conversation.learn != "each":
         return [conversation]
-    ends = [place + 1 for place in learned_turns(conversation)]
+    ends = [place + 1 for place in learned_turns(conversation)] or [len(conversation.messages)]
     return [replace(conversation, messages=conversation.messages[:end], learn="last") for end in ends]
 
 
@@ -200,6 +206,7 @@ def encode_preferences(
     chat: bool,
     max_length: int,
     overlong: str,
+    untaught: Untaught | None = None,
     tally: Tally | None = None,
 ) -> tuple[list[Encoded], list[Encoded], int]:
     """The chosen and the rejected answers with their prompts, pair by pair, and how many pairs were overlong.
@@ -217,7 +224,7 @@ def encode_preferences(
     encoded = _built(preferences, both)
     counted = Tally() if tally is None else tally
     before = counted.num_longer
-    kept = _fit(encoded, [pair.chosen.where for pair in preferences], max_length, overlong, counted)
+    kept = _fit(encoded, [pair.chosen.where for pair in preferences], max_length, overlong, untaught, counted)
     counted.faulty("alike", [where for (chosen, rejected), where in kept if chosen == rejected])
     if tally is None:
         counted.refuse(max_length, overlong)
@@ -255,7 +262,12 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> l
 
 
 def _fit(
-    groups: Sequence[tuple[Encoded, ...]], places: Sequence[str], max_length: int, overlong: str, tally: Tally
+    groups: Sequence[tuple[Encoded, ...]],
+    places: Sequence[str],
+    max_length: int,
+    overlong: str,
+    untaught: Untaught | None,
+    tally: Tally,
 ) -> list[tuple[tuple[Encoded, ...], str]]:
     """The groups of rows that stand or fall together, each with its place. What is wrong with them is counted."""
     longest = [max(len(row.ids) for row in group) for group in groups]
@@ -266,7 +278,12 @@ def _fit(
         kept = [pair for pair, length in zip(pairs, longest, strict=True) if length <= max_length]
     else:
         kept = [(tuple(_cut(row, max_length) for row in group), where) for group, where in pairs]
-    tally.faulty("empty", [where for group, where in kept if not all(row.num_targets for row in group)])
+    empty = [where for group, where in kept if not all(row.num_targets for row in group)]
+    if not (untaught and untaught.drop):
+        tally.faulty("empty", empty)
+    if untaught and empty:
+        untaught.count += len(empty)
+        kept = [(group, where) for group, where in kept if all(row.num_targets for row in group)]
     return kept
 
 

@@ -9,7 +9,10 @@ from training.errors import Problem, TenureError
 
 # What is wrong with a row, and what to do.
 FAULTS = {
-    "empty": ("no target token is left to learn", "fill the completion, or raise training.max_length"),
+    "empty": (
+        "no target token is left to learn",
+        "fill the completion, raise training.max_length, or set data.untaught: drop",
+    ),
     "alike": (
         "the chosen and the rejected answer are the same tokens: the pair teaches nothing",
         "remove the row, or raise training.max_length",

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import Problem, fail, raise_all
-from training.models import find_model, hash_file, hash_folder
+from training.locations import Location, hash_data, is_there
+from training.models import find_model, hash_folder
 from training.spec import RunSpec
 from training.suites import AnySuite
 from training.workspace import LINEAGE_FILE, MERGED_FOLDER, RunFolder, Workspace, read_json
@@ -175,7 +176,7 @@ def inherit_suites(spec: RunSpec, workspace: Workspace) -> RunSpec:
         there = next((index for index, one in enumerate(retention) if _same(suite, one)), None)
         if there is not None:
             retention[there] = retention[there].model_copy(update={"inherited_from": suite.inherited_from})
-        elif _file(suite) is not None and not suite.path.is_file():
+        elif _data(suite) is not None and not is_there(suite.path):
             what = f"suite '{suite.name}' of run '{suite.inherited_from}', which the base model came from, is gone"
             gone.append(Problem(what, str(suite.path), "restore the file, or set suites: {inherit: false}"))
         else:
@@ -197,16 +198,16 @@ def _same(suite: AnySuite, other: AnySuite) -> bool:
     keys = {"name", "path", "min_gain", "max_loss", "inherited_from"}
     if type(suite) is not type(other) or suite.model_dump(exclude=keys) != other.model_dump(exclude=keys):
         return False
-    first, second = _file(suite), _file(other)
+    first, second = _data(suite), _data(other)
     if first == second or first is None or second is None:
         return first == second
-    return first.is_file() and second.is_file() and hash_file(first) == hash_file(second)
+    return is_there(first) and is_there(second) and hash_data(first) == hash_data(second)
 
 
-def _file(suite: AnySuite) -> Path | None:
-    """The file of a suite, where it has one."""
+def _data(suite: AnySuite) -> Location | None:
+    """Where the items of a suite lie, where it has a place."""
     path = getattr(suite, "path", None)
-    return path if isinstance(path, Path) else None
+    return path if isinstance(path, Path | str) else None
 
 
 def _free_name(suite: AnySuite, taken: set[str]) -> str:
@@ -241,6 +242,6 @@ def describe_lineage(spec: RunSpec, workspace: Workspace) -> str:
 
 
 def _changed(suite: AnySuite, ancestor: Ancestor) -> bool:
-    file = _file(suite)
-    known = ancestor.suite_hashes.get(str(file))
-    return file is not None and known is not None and known != hash_file(file)
+    place = _data(suite)
+    known = ancestor.suite_hashes.get(str(place))
+    return place is not None and known is not None and known != hash_data(place)

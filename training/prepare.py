@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from training.encoding import Encoded, load_tokenizer
 from training.errors import Problem, TenureError, fail
 from training.generate import longest_row, read_written
-from training.models import hash_file
+from training.locations import Location, hash_data
 from training.plan import DataCounts
 from training.rows import read_items
 from training.section import Source
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 # Raised when the same files and settings come to give other token ids.
 _ENCODING_VERSION = 5
-# What a folder tells beside its rows: the files of validation items by suite, and two counts.
-TOLD = ("validation", "num_overlong", "longest_to_come")
+# What a folder tells beside its rows: the files of validation items by suite, and counts.
+TOLD = ("validation", "num_overlong", "longest_to_come", "num_untaught")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Prepared:
     """Encoded training examples, rows to replay, validation items of every suite, and how many rows were overlong.
 
     Of preference data `train` holds the chosen answers, and `rejected` the others in the same order; else that is
-    empty. `longest_to_come` bounds the tokens of the replay rows that the base writes (0 when it writes none).
+    empty. `longest_to_come` bounds the tokens of the replay rows that the base writes (0 when it writes none);
+    `num_untaught` rows were dropped because they had no target token.
     Rows are read from disk as they are asked for; their lengths and numbers of targets need no look at the tokens.
     """
 
@@ -60,6 +61,7 @@ class Prepared:
     rejected: Sequence[Encoded] = ()
     replay: Sequence[Encoded] = ()
     longest_to_come: int = 0
+    num_untaught: int = 0
 
     @cached_property
     def examples(self) -> Sequence[Encoded]:
@@ -99,6 +101,7 @@ class Prepared:
             lengths=self.lengths,
             num_replay=len(self.replay),
             num_replay_target_tokens=int(targets_of(self.replay).sum(dtype="int64")),
+            num_untaught=self.num_untaught,
         )
 
 
@@ -138,6 +141,7 @@ def load_prepared(path: Path) -> Prepared:
         rejected=StoredRows(path / "rejected.arrow"),
         replay=StoredRows(path / "replay.arrow"),
         longest_to_come=told["longest_to_come"],
+        num_untaught=told["num_untaught"],
     )
 
 
@@ -165,7 +169,9 @@ def _encode(spec: RunSpec, written: Path | None, folder: Path) -> None:
         raise fail("no example is left to train on", "data", "raise training.max_length, or give shorter rows")
     if _replay_sources(spec) and not replay.num_rows:
         raise fail("no row is left to replay", "protections", "raise training.max_length, or give shorter rows")
-    told = (validation, sum(source.num_overlong for source in (*given, *replayed)), longest_to_come)
+    sources = (*given, *replayed)
+    lost = (sum(source.num_overlong for source in sources), sum(source.num_untaught for source in sources))
+    told = (validation, lost[0], longest_to_come, lost[1])
     write_meta(folder, dict(zip(TOLD, told, strict=True)))
 
 
@@ -174,10 +180,11 @@ def _writer(folder: Path, name: str) -> RowWriter:
 
 
 class EncodedSource(NamedTuple):
-    """How many examples a source gave, and how many of its rows were dropped, truncated or cut into pieces."""
+    """How many examples a source gave, and how many of its rows were overlong, or dropped for want of a target."""
 
     num_examples: int
     num_overlong: int
+    num_untaught: int
 
 
 def _encode_sources(
@@ -190,14 +197,16 @@ def _encode_sources(
 ) -> list[EncodedSource]:
     """The rows of all sources, one after the other; faults go to `problems`."""
     found: list[EncodedSource] = []
+    asked = (spec.model, spec.training.max_length, spec.data.overlong, spec.data.untaught)
     for source in sources:
-        before, num_overlong = rows.num_rows, 0
+        before, num_overlong, num_untaught = rows.num_rows, 0, 0
         with _gathered(problems):
-            for chunk in encoded_chunks(tokenizer, source, spec.model, spec.training.max_length, spec.data.overlong):
+            for chunk in encoded_chunks(tokenizer, source, *asked):
                 rows.write(chunk.rows)
                 rejected.write(chunk.rejected)
                 num_overlong += chunk.num_overlong
-        found.append(EncodedSource(rows.num_rows - before, num_overlong))
+                num_untaught += chunk.num_untaught
+        found.append(EncodedSource(rows.num_rows - before, num_overlong, num_untaught))
     return found
 
 
@@ -246,7 +255,7 @@ _DECIDING = (
 def _content_key(spec: RunSpec, written: Path | None) -> str:
     """A hash of all that decides the token ids: files, columns, tokenizer and template, lengths."""
     model = Path(spec.model)
-    files = [model / name for name in _DECIDING if (model / name).is_file()]
+    files: list[Location] = [model / name for name in _DECIDING if (model / name).is_file()]
     files += sorted(model.glob("additional_chat_templates/*.jinja"))
     files += [source.path for source in (*spec.data.train, *spec.suites.all)]
     replay = spec.protection(Replay)
@@ -254,7 +263,7 @@ def _content_key(spec: RunSpec, written: Path | None) -> str:
     files += [written] if written else []
     parts = {
         "encoding": _ENCODING_VERSION,
-        "files": [hash_file(file) for file in files],
+        "files": [hash_data(file) for file in files],
         "data": spec.data.model_dump(mode="json"),
         "replay": replay.model_dump(mode="json", exclude={"share"}) if replay else None,
         "suites": spec.suites.model_dump(mode="json"),

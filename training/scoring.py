@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.encoding import load_tokenizer
 from training.errors import fail
+from training.locations import hash_data
 from training.models import hash_file, hash_folder
 from training.rows import SuiteItem, read_items
 from training.scorecard import Probe
@@ -72,7 +73,7 @@ def protocol_of(spec: RunSpec, precision: str) -> dict[str, str | int | float | 
     for suite in spec.suites.all:
         settings = suite.model_dump(mode="json", exclude={"path", "min_gain", "max_loss", "inherited_from"})
         protocol[f"suite.{suite.name}"] = json.dumps(settings, sort_keys=True)
-        protocol[f"data.{suite.name}"] = hash_file(suite.path)
+        protocol[f"data.{suite.name}"] = hash_data(suite.path)
     return protocol
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from training.peft_methods import PROMPT_METHODS
 from training.section import (
     Count,
-    DataFile,
+    DataLocation,
     Flag,
     Fraction,
     Name,
@@ -49,6 +49,7 @@ class Data(Section):
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     overlong: Literal["refuse", "drop", "truncate"] = "refuse"
+    untaught: Literal["refuse", "drop"] = "refuse"
     max_overlap: Fraction = 0.02
     allow_overlap: tuple[Name, ...] = ()
 
@@ -60,7 +61,7 @@ class _Suite(Section):
     """
 
     name: Name
-    path: DataFile
+    path: DataLocation
     limit: Count | None = None
     min_gain: NonNegative | None = None
     max_loss: NonNegative | None = None
@@ -231,7 +232,7 @@ class RunSpec(Section):
     def _forms_fit(cls, value: Data, info: ValidationInfo) -> Data:
         objective: Sft | Lm | Dpo | Distill | None = info.data.get("objective")
         for index, source in enumerate(value.train):
-            if objective and source.form not in FORMS[objective.type]:
+            if objective and source.form not in (*FORMS[objective.type], "unknown"):
                 what = f"objective {objective.type} cannot learn from rows of the form {source.form}"
                 instead = f"give {' or '.join(FORMS[objective.type])}, or another objective"
                 raise fault(what, instead, ("train", index))

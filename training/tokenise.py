@@ -13,7 +13,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from training.encoding import Encoded, encode_all, encode_passages, encode_preferences, load_tokenizer, wants_chat
+from training.encoding import (
+    Encoded,
+    Untaught,
+    encode_all,
+    encode_passages,
+    encode_preferences,
+    load_tokenizer,
+    wants_chat,
+)
 from training.errors import Problem, TenureError, raise_all
 from training.fitting import Tally
 from training.rows import MAX_PROBLEMS, Conversation, Example, Passage, Preference, examples
@@ -38,24 +46,32 @@ class Recipe:
     chat: bool
     max_length: int
     overlong: str
+    untaught: str
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Encoded rows of a stretch of a source, and of preference data the rejected answers beside them.
 
-    `num_overlong` rows were dropped or truncated; of text, cut into pieces.
+    `num_overlong` rows were dropped or truncated, or of text cut into pieces; `num_untaught` had no target and were
+    dropped.
     """
 
     rows: pa.RecordBatch
     rejected: pa.RecordBatch
     num_overlong: int
+    num_untaught: int
     tally: Tally
     problems: tuple[Problem, ...] = ()
 
 
 def encoded_chunks(
-    tokenizer: PreTrainedTokenizerBase, source: Source, model: str, max_length: int, overlong: str
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    model: str,
+    max_length: int,
+    overlong: str,
+    untaught: str = "refuse",
 ) -> Iterator[Chunk]:
     """The rows of a source in order, whatever its form.
 
@@ -63,7 +79,7 @@ def encoded_chunks(
         TenureError: after the last chunk, every row's fault at once.
     """
     chat = source.form != "text" and wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
-    recipe = Recipe(model, source.form, chat, max_length, overlong)
+    recipe = Recipe(model, source.form, chat, max_length, overlong, untaught)
     tally, problems = Tally(), dict[Problem, None]()
     for chunk in _encoded(tokenizer, recipe, _stretches(examples(source))):
         tally.add(chunk.tally)
@@ -117,22 +133,22 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 def encode_chunk(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretch: list[Example]) -> Chunk:
     """The encoded rows of a stretch of one form. Faults are counted and returned, so that those of others are found."""
-    tally = Tally()
+    tally, untaught = Tally(), Untaught(drop=recipe.untaught == "drop")
     try:
-        rows, rejected, num_overlong = _by_form(tokenizer, recipe, stretch, tally)
+        rows, rejected, num_overlong = _by_form(tokenizer, recipe, stretch, untaught, tally)
     except TenureError as error:
-        return Chunk(batch_of([]), batch_of([]), 0, tally, error.problems)
-    return Chunk(batch_of(rows), batch_of(rejected), num_overlong, tally)
+        return Chunk(batch_of([]), batch_of([]), 0, 0, tally, error.problems)
+    return Chunk(batch_of(rows), batch_of(rejected), num_overlong, untaught.count, tally)
 
 
 def _by_form(
-    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretch: list[Example], tally: Tally
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretch: list[Example], untaught: Untaught, tally: Tally
 ) -> tuple[list[Encoded], list[Encoded], int]:
     """Rows, rejected answers, and how many were overlong."""
     if recipe.form == "text":
         pieces, num_cut = encode_passages(tokenizer, cast(list[Passage], stretch), recipe.max_length, tally)
         return pieces, [], num_cut
-    settings = (recipe.chat, recipe.max_length, recipe.overlong, tally)
+    settings = (recipe.chat, recipe.max_length, recipe.overlong, untaught, tally)
     if recipe.form == "preference":
         return encode_preferences(tokenizer, cast(list[Preference], stretch), *settings)
     rows, num_longer = encode_all(tokenizer, cast(list[Conversation], stretch), *settings)
