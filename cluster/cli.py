@@ -268,6 +268,14 @@ def fetch(context: click.Context) -> None:
 
 
 @cli.command()
+def templates() -> None:
+    """Print the library of prompt templates, for `templates: {library: ...}` in a source of rows."""
+    from training.instructions import page
+
+    click.echo(page(), nl=False)
+
+
+@cli.command()
 @click.option("--sequence", "of_sequence", is_flag=True, help="Of a sequence of tasks.")
 def schema(of_sequence: bool) -> None:
     """Print the JSON Schema of a spec, for editors."""

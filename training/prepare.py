@@ -197,7 +197,7 @@ def _encode_sources(
 ) -> list[EncodedSource]:
     """The rows of all sources, one after the other; faults go to `problems`."""
     found: list[EncodedSource] = []
-    asked = (spec.model, spec.training.max_length, spec.data.overlong, spec.data.untaught)
+    asked = (spec.model, spec.training.max_length, spec.data.overlong, spec.data.untaught, spec.training.seed)
     for source in sources:
         before, num_overlong, num_untaught = rows.num_rows, 0, 0
         with _gathered(problems):
@@ -261,12 +261,14 @@ def _content_key(spec: RunSpec, written: Path | None) -> str:
     replay = spec.protection(Replay)
     files += replay.files if replay else ()
     files += [written] if written else []
+    sources = (*spec.data.train, *_replay_sources(spec))
     parts = {
         "encoding": _ENCODING_VERSION,
         "files": [hash_data(file) for file in files],
         "data": spec.data.model_dump(mode="json"),
         "replay": replay.model_dump(mode="json", exclude={"share"}) if replay else None,
         "suites": spec.suites.model_dump(mode="json"),
+        "seed": spec.training.seed if any(one.templates for one in sources) else None,
         "max_length": spec.training.max_length,
         "validation_items": spec.training.validation_items,
     }

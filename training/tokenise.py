@@ -72,6 +72,7 @@ def encoded_chunks(
     max_length: int,
     overlong: str,
     untaught: str = "refuse",
+    seed: int = 0,
 ) -> Iterator[Chunk]:
     """The rows of a source in order, whatever its form.
 
@@ -81,7 +82,7 @@ def encoded_chunks(
     chat = source.form != "text" and wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
     recipe = Recipe(model, source.form, chat, max_length, overlong, untaught)
     tally, problems = Tally(), dict[Problem, None]()
-    for chunk in _encoded(tokenizer, recipe, _stretches(examples(source))):
+    for chunk in _encoded(tokenizer, recipe, _stretches(examples(source, seed=seed))):
         tally.add(chunk.tally)
         problems |= dict.fromkeys(chunk.problems)
         if len(problems) >= MAX_PROBLEMS:
