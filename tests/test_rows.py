@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from tiny_spec import write_rows
 
 from training.errors import TenureError
+from training.readers import MAX_ROW_BYTES, read_rows
 from training.rows import (
     MAX_PROBLEMS,
+    Faults,
+    examples,
     read_conversations,
     read_items,
     read_passages,
     read_preferences,
-    read_rows,
 )
 from training.section import Source
 from training.spec import Accuracy, CrossEntropy, ExactMatch
@@ -94,6 +96,32 @@ def test_a_line_that_is_no_object_is_named(tmp_path: Path, line: bytes, what: st
 def test_a_file_without_rows_is_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(TenureError, match="the file holds no rows"):
         list(read_rows(raw(tmp_path, data)))
+
+
+def test_rows_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
+    path = raw(tmp_path, b'{"q": "1", "a": "2"}\n' * 10 + b"{\n")
+    reading = examples(source(path))
+    assert [next(reading).where for _ in range(10)] == [f"{path} row {n}" for n in range(1, 11)]
+    with pytest.raises(TenureError, match="row 11: not valid JSON"):
+        next(reading)
+
+
+@pytest.mark.parametrize("ending", [b"\n", b""], ids=["long row", "endless line"])
+def test_a_row_without_an_end_is_one_fault_that_even_dropping_does_not_pass(tmp_path: Path, ending: bytes) -> None:
+    path = raw(tmp_path, b'{"q": "1", "a": "2"}\n{"q": "' + b"x" * MAX_ROW_BYTES + ending)
+    for faults in (Faults(), Faults(drop=True)):
+        with pytest.raises(TenureError) as caught:
+            list(examples(source(path), faults))
+        (problem,) = caught.value.problems
+        assert (problem.where, problem.what) == (f"{path} row 2", "the row is longer than 32 MiB")
+
+
+def test_faulty_rows_are_dropped_and_counted_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = raw(tmp_path, b'{"q": "1", "a": "2"}\n' + b"{\n" * 30 + b'{"q": "1"}\n{"q": "3", "a": "4"}\n')
+    faults = Faults(drop=True)
+    assert [example.where for example in examples(source(path), faults)] == [f"{path} row 1", f"{path} row 33"]
+    assert (faults.count, len(faults.first)) == (31, MAX_PROBLEMS)
+    assert faults.first[0].where == f"{path} row 2"
 
 
 @pytest.mark.parametrize(

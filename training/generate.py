@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from training.encoding import Encoded, encode, load_tokenizer, prompt_ids, render_prompt, spaced, text_ids, wants_chat
 from training.errors import fail
 from training.models import hash_file, hash_folder
-from training.rows import Conversation, Messages, read_prompts, read_rows
+from training.readers import read_rows
+from training.rows import Conversation, Messages, read_prompts
 from training.spec import RunSpec
 from training.strategy import Generate, Replay
 from training.workspace import Workspace, write_json

@@ -1,35 +1,37 @@
-"""Reads JSONL rows and turns them into prompts and completions, naming the row of every fault."""
+"""Turns rows into training examples and test items, one at a time, naming the row of every fault."""
 
 from __future__ import annotations
 
-import codecs
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jinja2 import StrictUndefined, Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from training.errors import Problem, TenureError, raise_all
+from training.errors import Problem, raise_all
+from training.readers import LastFault, Row, RowFault, open_rows
 from training.section import Source
 from training.spec import Accuracy, CrossEntropy, ExactMatch
 from training.strategy import Prompts
+from training.templating import column_of, fill, fill_text
 
 MAX_PROBLEMS = 20
 ROLES = ("system", "user", "assistant", "tool")
-Row = dict[str, Any]
-Messages = tuple[dict[str, str], ...]
+Messages = tuple[dict[str, Any], ...]
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A training example: chat turns, of which the assistant's are learned, or a plain prompt and completion."""
+    """A training example: chat turns, of which the assistant's are learned, or a plain prompt and completion.
+
+    A turn has `role` and `content` (text), and where the row gives them `tool_calls`, `tool_call_id`, `name` and
+    `reasoning_content`, as in OpenAI's API. `tools` are the functions that may be called, as JSON Schema.
+    """
 
     messages: Messages
     where: str
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,79 +62,85 @@ class SuiteItem:
     right: int = -1
 
 
-class RowFault(Exception):
-    """What is wrong with one row, and what to do; the reader adds file and row."""
+@dataclass
+class Faults:
+    """The rows that cannot be used: refused all at once (the first twenty), or dropped and counted.
 
-    def __init__(self, what: str, instead: str = "") -> None:
-        super().__init__(what)
-        self.what, self.instead = what, instead
+    `first` are the faults of the first such rows.
+    """
+
+    drop: bool = False
+    count: int = 0
+    first: list[Problem] = field(default_factory=list)
+
+    def add(self, fault: RowFault, where: str) -> None:
+        """Keep a row's fault.
+
+        Raises:
+            TenureError: there are too many to go on, or the file cannot be read on.
+        """
+        self.count += 1
+        if len(self.first) < MAX_PROBLEMS:
+            self.first.append(fault.at(where))
+        if isinstance(fault, LastFault):
+            raise_all([fault.at(where)] if self.drop else self.first)
+        if not self.drop and self.count == MAX_PROBLEMS:
+            raise_all(self.first)
+
+    def close(self) -> None:
+        """After the last row: raise what was found, unless faulty rows are dropped."""
+        if not self.drop:
+            raise_all(self.first)
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Each row's place ("FILE row N", from 1) and its object.
+Example = Conversation | Preference | Passage
+
+
+def examples(source: Source, faults: Faults | None = None) -> Iterator[Example]:
+    """The training examples of a source in its rows' order, as they are asked for.
+
+    Args:
+        faults: what becomes of rows that cannot be used; by default they are refused after the last row.
 
     Raises:
-        TenureError: the first row that is not UTF-8 or not a JSON object, or a file without rows.
+        TenureError: every row's fault at once (the first twenty).
     """
-    for where, line in _lines(path):
+    builders: dict[str, Callable[[Source, Row, str], Example]] = {
+        "completion": _conversation,
+        "messages": _conversation,
+        "preference": _preference,
+        "text": _passage,
+    }
+    build = builders[source.form]
+    return _built(source.path, lambda row, where: build(source, row, where), faults or Faults())
+
+
+def _built(path: Path, build: Callable[[Row, str], Built], faults: Faults) -> Iterator[Built]:
+    for where, row in open_rows(path):
         try:
-            row = _parse(line)
+            if isinstance(row, RowFault):
+                raise row
+            built = build(row, where)
         except RowFault as fault:
-            raise TenureError(Problem(fault.what, where, fault.instead)) from None
-        yield where, row
-
-
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Each line that is not blank, with its place; a byte order mark at the start of the file is passed over."""
-    count = 0
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if text.strip():
-                count += 1
-                yield f"{path} row {number}", text.rstrip(b"\r\n")
-    if not count:
-        raise TenureError(Problem("the file holds no rows", str(path), "write one JSON object per line"))
-
-
-def _parse(line: bytes) -> Row:
-    try:
-        row = json.loads(line.decode("utf-8"))
-        if b"\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowFault(f"not UTF-8 (byte {error.start})", "save the file as UTF-8") from None
-    except UnicodeEncodeError:
-        raise RowFault(
-            "half of a surrogate pair, which is no character", r"write both halves of \ud83d\ude00"
-        ) from None
-    except json.JSONDecodeError as error:
-        what = f"not valid JSON: {error.msg} at column {error.colno}"
-        raise RowFault(what, "write one JSON object per line") from None
-    except ValueError as error:
-        raise RowFault(f"not valid JSON: {error}", "write such a number as text") from None
-    except RecursionError:
-        raise RowFault("nested too deeply", "write one flat JSON object per line") from None
-    if not isinstance(row, dict):
-        raise RowFault(f"a {type(row).__name__}, not an object", 'write {"column": value, ...}')
-    return row
+            faults.add(fault, where)
+        else:
+            yield built
+    faults.close()
 
 
 def read_conversations(source: Source) -> list[Conversation]:
-    """All training examples of a source, or every row's fault at once (the first twenty)."""
-    return _read_all(source.path, lambda row, where: Conversation(_messages(source, row), where))
+    """All examples() of a source of the form completion or messages."""
+    return [example for example in examples(source) if isinstance(example, Conversation)]
 
 
 def read_preferences(source: Source) -> list[Preference]:
-    """All pairs of a source of the form preference, or every row's fault at once (the first twenty)."""
-    return _read_all(source.path, lambda row, where: _preference(source, row, where))
+    """All examples() of a source of the form preference."""
+    return [example for example in examples(source) if isinstance(example, Preference)]
 
 
 def read_passages(source: Source) -> list[Passage]:
-    """All texts of a source of the form text, or every row's fault at once (the first twenty)."""
-    column = source.text
-    assert column is not None
-    return _read_all(source.path, lambda row, where: Passage(_non_empty(column, row), where))
+    """All examples() of a source of the form text."""
+    return [example for example in examples(source) if isinstance(example, Passage)]
 
 
 def read_prompts(prompts: Prompts) -> list[Conversation]:
@@ -142,7 +150,7 @@ def read_prompts(prompts: Prompts) -> list[Conversation]:
         system = ({"role": "system", "content": fill_text(prompts.system, row)},) if prompts.system else ()
         return Conversation((*system, {"role": "user", "content": _filled(prompts.prompt, row)}), where)
 
-    return _read_all(prompts.path, build)
+    return list(_built(prompts.path, build, Faults()))
 
 
 def _filled(column: str, row: Row) -> str:
@@ -156,21 +164,20 @@ def read_items(suite: ExactMatch | Accuracy | CrossEntropy) -> list[SuiteItem]:
     """The items of a suite (the first `limit` of them), or every row's fault at once."""
     readers: dict[type, Any] = {ExactMatch: _exact_item, Accuracy: _choice_item, CrossEntropy: _entropy_item}
     reader = readers[type(suite)]
-    return _read_all(suite.path, lambda row, where: reader(suite, row, where), suite.limit)
+    faults = Faults()
+    items = _built(suite.path, lambda row, where: reader(suite, row, where), faults)
+    taken = list(islice(items, suite.limit))
+    faults.close()
+    return taken
 
 
-def _read_all(path: Path, build: Any, limit: int | None = None) -> list[Any]:
-    built: list[Any] = []
-    problems: list[Problem] = []
-    for where, line in _lines(path):
-        try:
-            built.append(build(_parse(line), where))
-        except RowFault as fault:
-            problems.append(Problem(fault.what, where, fault.instead))
-        if len(problems) == MAX_PROBLEMS or (limit is not None and len(built) == limit):
-            break
-    raise_all(problems)
-    return built
+def _conversation(source: Source, row: Row, where: str) -> Conversation:
+    return Conversation(_messages(source, row), where)
+
+
+def _passage(source: Source, row: Row, where: str) -> Passage:
+    assert source.text is not None
+    return Passage(_non_empty(source.text, row), where)
 
 
 def _messages(source: Source, row: Row) -> Messages:
@@ -225,10 +232,10 @@ def _entropy_item(suite: CrossEntropy, row: Row, where: str) -> SuiteItem:
 
 
 def _choice_item(suite: Accuracy, row: Row, where: str) -> SuiteItem:
-    choices = suite.choices if isinstance(suite.choices, tuple) else _column(suite.choices, row)
+    choices = suite.choices if isinstance(suite.choices, tuple) else column_of(suite.choices, row)
     if not isinstance(choices, list | tuple) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise RowFault(f"the choices are no list of two or more texts: {choices!r}")
-    answer = _column(suite.answer, row)
+    answer = column_of(suite.answer, row)
     right = answer if isinstance(answer, int) and not isinstance(answer, bool) else _index_of(str(answer), choices)
     if not 0 <= right < len(choices):
         raise RowFault(f"the answer {right} is no index into {len(choices)} choices", "indices start at 0")
@@ -241,49 +248,8 @@ def _index_of(answer: str, choices: list[str] | tuple[str, ...]) -> int:
     return choices.index(answer)
 
 
-def _column(name: str, row: Row) -> Any:
-    if name not in row:
-        raise RowFault(f"there is no column '{name}'", f"columns here: {', '.join(row)}")
-    return row[name]
-
-
 def _non_empty(column: str, row: Row) -> str:
     text = fill(column, row)
     if not text.strip():
         raise RowFault(f"'{column}' is empty: there is no target token to learn or score", "fill or remove the row")
     return text
-
-
-def fill(column: str, row: Row) -> str:
-    """The text of a column, or of a Jinja template over the columns when it holds `{{`."""
-    if "{{" in column:
-        return _fill_template(column, row)
-    value = _column(column, row)
-    if not isinstance(value, str):
-        raise RowFault(f"'{column}' is {type(value).__name__}, not text", "quote it, or use a template")
-    return value
-
-
-def fill_text(text: str, row: Row) -> str:
-    """A text as it stands, or filled with columns where it holds `{{`."""
-    return _fill_template(text, row) if "{{" in text else text
-
-
-def _fill_template(source: str, row: Row) -> str:
-    try:
-        return _template(source).render(row)
-    except (TemplateError, *_TEMPLATE_FAULTS) as error:
-        reason = str(error) or type(error).__name__
-        raise RowFault(f"the template {source!r} failed: {reason}", f"columns here: {', '.join(row)}") from None
-
-
-# What an expression over a row's values can raise beside Jinja's own errors.
-_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
-
-
-@lru_cache(maxsize=64)
-def _template(source: str) -> Template:
-    """A sandboxed template; without Jinja's globals (range among them) it can only loop over what a row holds."""
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.globals.clear()
-    return environment.from_string(source)
