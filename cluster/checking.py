@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cluster import pipeline
 from cluster.screen import facts
-from training.encoding import Encoded, load_tokenizer
+from training.encoding import Encoded, load_tokenizer, preview
 from training.plan import GIB, Plan, describe_replay
 from training.prepare import load_prepared
 from training.strategy import Replay
@@ -62,8 +62,7 @@ def plan_table(plan: Plan, replay: Replay | None = None) -> Table:
 def preview_text(example: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
     """An example's text with its target tokens in green and, without colour, between brackets."""
     text = Text()
-    for ids, is_target in _stretches(example):
-        piece = str(tokenizer.decode(ids))
+    for piece, is_target in preview(tokenizer, example):
         text.append(f"[{piece}]" if is_target else piece, style="bold green" if is_target else "dim")
     return text
 
@@ -72,13 +71,3 @@ def answer_of(example: Encoded) -> Encoded:
     """A row from its first target on: a rejected answer without the prompt that it shares with the chosen one."""
     start = example.is_target.index(True)
     return Encoded(example.ids[start:], example.is_target[start:])
-
-
-def _stretches(example: Encoded) -> list[tuple[list[int], bool]]:
-    """Runs of tokens that all carry loss, or all do not."""
-    runs: list[tuple[list[int], bool]] = []
-    for token, is_target in zip(example.ids, example.is_target, strict=True):
-        if not runs or runs[-1][1] != is_target:
-            runs.append(([], is_target))
-        runs[-1][0].append(token)
-    return runs

@@ -17,6 +17,7 @@ from training.encoding import (
     encode_passages,
     encode_preferences,
     load_tokenizer,
+    preview,
     render_prompt,
     wants_chat,
 )
@@ -51,30 +52,28 @@ def starting() -> PreTrainedTokenizerFast:
     return made
 
 
-def pieces(tokenizer: PreTrainedTokenizerFast, example: Encoded) -> list[tuple[str, bool]]:
-    """The example's text, cut where loss starts and stops."""
-    runs: list[tuple[list[int], bool]] = []
-    for token, is_target in zip(example.ids, example.is_target, strict=True):
-        if not runs or runs[-1][1] != is_target:
-            runs.append(([], is_target))
-        runs[-1][0].append(token)
-    return [(str(tokenizer.decode(ids)), is_target) for ids, is_target in runs]
-
-
 def test_a_single_turn_carries_loss_on_the_answer_and_its_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert pieces(tokenizer, encode(tokenizer, SINGLE, chat=True)) == [
+    assert preview(tokenizer, encode(tokenizer, SINGLE, chat=True)) == [
         (f"{START}user\nwhat is 3+4{END}\n{START}assistant\n", False),
         (f"7{END}", True),
     ]
 
 
 def test_every_assistant_turn_carries_loss_and_nothing_else(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert pieces(tokenizer, encode(tokenizer, MULTI, chat=True)) == [
+    assert preview(tokenizer, encode(tokenizer, MULTI, chat=True)) == [
         (f"{START}system\nYou add.{END}\n{START}user\n3+4?{END}\n{START}assistant\n", False),
         (f"It is 7.\n{END}", True),
         (f"\n{START}user\nand 1?{END}\n{START}assistant\n", False),
         (f"8{END}", True),
     ]
+
+
+def test_a_preview_joins_to_the_row_where_a_cut_falls_into_a_character(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tuple(tokenizer(" a\N{EURO SIGN} b", add_special_tokens=False)["input_ids"])
+    for cut in range(1, len(ids)):
+        found = preview(tokenizer, Encoded(ids, (False,) * cut + (True,) * (len(ids) - cut)))
+        assert "".join(text for text, _ in found) == " a\N{EURO SIGN} b"
+        assert [is_target for _, is_target in found] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_a_plain_answer_is_parted_from_its_prompt_by_one_space(
     tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str, target: str
 ) -> None:
     turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
-    found = pieces(tokenizer, encode(tokenizer, Conversation(turns, ""), chat=False))
+    found = preview(tokenizer, encode(tokenizer, Conversation(turns, ""), chat=False))
     assert found == [(prompt, False)] * bool(prompt) + [(f"{target}{END}", True)]
 
 
@@ -102,7 +101,7 @@ def test_prompt_ids_are_those_that_serving_gives_the_model(tokenizer: PreTrained
 def test_an_added_start_token_comes_once_before_plain_prompts_and_never_before_chat(
     starting: PreTrainedTokenizerFast,
 ) -> None:
-    assert pieces(starting, encode(starting, SINGLE, chat=False)) == [
+    assert preview(starting, encode(starting, SINGLE, chat=False)) == [
         (f"{START}what is 3+4", False),
         (f" 7{END}", True),
     ]
@@ -111,12 +110,12 @@ def test_an_added_start_token_comes_once_before_plain_prompts_and_never_before_c
     )
     chat = encode(starting, SINGLE, chat=True)
     assert list(chat.ids[: len(served)]) == served
-    assert pieces(starting, chat)[0][0].count(START) == 2  # one a turn: the template's own
+    assert preview(starting, chat)[0][0].count(START) == 2  # one a turn: the template's own
 
 
 def test_what_a_template_writes_after_the_end_token_is_not_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("'\\n' }}{% endfor", "'\\n-- next --\\n' }}{% endfor")
-    assert pieces(tokenizer, encode(tokenizer, SINGLE, chat=True))[-1] == (f"7{END}", True)
+    assert preview(tokenizer, encode(tokenizer, SINGLE, chat=True))[-1] == (f"7{END}", True)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -155,6 +155,28 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, chat:
     return Encoded(tuple(ids), tuple(is_target))
 
 
+def preview(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[tuple[str, bool]]:
+    """A row's text in pieces, each with whether it carries loss; the texts join to the decoded row.
+
+    The cuts are looked for in the whole text: pieces decoded apart lose spaces and characters of several tokens.
+    """
+    wanted = encoded.is_target
+    ends = [place for place in range(1, len(wanted)) if wanted[place] != wanted[place - 1]]
+    whole = _decoded(tokenizer, encoded.ids)
+    cuts = [0, *(_num_shared(whole, _decoded(tokenizer, encoded.ids[:end])) for end in ends), len(whole)]
+    return [(whole[cuts[n] : cuts[n + 1]], wanted[start]) for n, start in enumerate([0, *ends])]
+
+
+def _num_shared(text: str, other: str) -> int:
+    """How many characters both texts start with."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((place for place, (one, two) in pairs if one != two), min(len(text), len(other)))
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of rendered text, or of an answer: nothing is added."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
