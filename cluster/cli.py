@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from training.errors import TenureError
 
 BROKEN_CONTRACT = 3
+UNDECIDED_CONTRACT = 4
 SPEC = click.argument("spec", type=click.Path(path_type=Path))
 RUN = click.argument("run")
 
@@ -51,7 +52,7 @@ def check(context: click.Context, spec: Path) -> None:
 @click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
 @click.pass_context
 def train(context: click.Context, spec: Path, address: str | None) -> None:
-    """Train by SPEC, score, judge, report and register. Exit status 3 when the contract is broken."""
+    """Train by SPEC, score, judge, report and register. Exit status 3: the contract is broken; 4: undecided."""
     from cluster import pipeline
     from cluster.session import check_address
 
@@ -95,8 +96,9 @@ def _finish(run: RunFolder, workspace: Workspace) -> None:
         sys.exit(130)
     print_scorecard(console, scorecard)
     console.print(f"report   {run.report}\nartifact {run.artifact}\nserve it with: tenure serve {run.id}")
-    if scorecard.contract.verdict == "broken":
-        sys.exit(BROKEN_CONTRACT)
+    status = {"broken": BROKEN_CONTRACT, "undecided": UNDECIDED_CONTRACT}.get(scorecard.contract.verdict)
+    if status:
+        sys.exit(status)
 
 
 @cli.command()

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from tiny_spec import write_rows
 
 from training.errors import TenureError
+from training.items import read_items
 from training.readers import MAX_ROW_BYTES, read_rows
 from training.rows import (
     MAX_PROBLEMS,
     Faults,
     examples,
     read_conversations,
-    read_items,
     read_passages,
     read_preferences,
 )

@@ -21,12 +21,14 @@ from training.encoding import (
 )
 from training.errors import Problem, TenureError, fail
 from training.generate import longest_row, read_written
+from training.items import read_items
 from training.models import hash_file
 from training.plan import DataCounts
-from training.rows import read_conversations, read_items, read_passages, read_preferences
+from training.rows import read_conversations, read_passages, read_preferences
 from training.section import Source
 from training.spec import RunSpec
 from training.strategy import Generate, Replay
+from training.suite_spec import has_answer
 from training.suites import encode_item
 from training.workspace import Workspace, read_json, write_json
 
@@ -129,7 +131,7 @@ def _encode(spec: RunSpec, written: Path | None) -> Prepared:
     validation: dict[str, tuple[Encoded, ...]] = {}
     for suite in spec.suites.all:
         with _gathered(problems):
-            items = read_items(suite)[: spec.training.validation_items]
+            items = read_items(suite)[: spec.training.validation_items if has_answer(suite) else 0]
             encoded_items = [encode_item(suite, item, tokenizer, spec.training.max_length) for item in items]
             if encoded_items:
                 validation[suite.name] = tuple(encoded_items)

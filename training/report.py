@@ -28,6 +28,8 @@ def print_scorecard(console: Console, scorecard: Scorecard) -> None:
     """Print the verdict, every suite's scores, and up to three answers before and after."""
     _print_verdict(console, scorecard)
     console.print(Padding(_suite_table(scorecard), (1, 0)))
+    for line in text.forgetting_lines(scorecard):
+        console.print(_plain(line))
     console.print(Text(_legend(scorecard), "dim"))
     for example in text.pick_examples(scorecard):
         _print_example(console, example)
@@ -54,10 +56,9 @@ def print_wise(console: Console, curve: WiseCurve) -> None:
     console.print(_plain(f"base and tuned of run {curve.run}, interpolated", "bold"))
     table = _table("alpha>", *(f"{suite.name}>\n{suite.role}" for suite in curve.points[0].suites), "contract")
     for point in curve.points:
-        kept = point.contract.verdict == "kept"
-        style = "cyan" if kept else "bold yellow"
+        style = "cyan" if point.contract.verdict == "kept" else "bold yellow"
         cells = [_stacked(text.change_text(suite, suite.change), text.interval_text(suite)) for suite in point.suites]
-        table.add_row(f"{point.alpha:g}", *cells, _plain(text.kept_text(kept), style))
+        table.add_row(f"{point.alpha:g}", *cells, _plain(text.kept_text(point.contract.verdict), style))
     console.print(Padding(table, (1, 0)))
     console.print(Text("Changes against the base; a positive one is better. pts: percentage points.", "dim"))
     for line in text.wise_lines(curve):
@@ -78,8 +79,8 @@ def write_report(run: RunFolder) -> Path:
 
 
 def _print_verdict(console: Console, scorecard: Scorecard, label: str = "") -> None:
-    kept = scorecard.contract.verdict == "kept"
-    sign, style = ("✓", "bold cyan") if kept else ("✗", "bold yellow")
+    verdict = scorecard.contract.verdict
+    sign, style = text.SIGNS[verdict], "bold cyan" if verdict == "kept" else "bold yellow"
     console.print(_plain(f"{label}{sign} {text.verdict_text(scorecard)}: run {scorecard.run}", style))
     for reason in text.reasons_of(scorecard):
         console.print(Padding(_plain(reason), (0, 0, 0, 2)))
@@ -96,12 +97,14 @@ def _suite_table(scorecard: Scorecard) -> Table:
     for suite in scorecard.suites:
         table.add_row(
             _stacked(suite.name, suite.role),
-            _stacked(text.metric_text(suite), "" if text.is_share(suite) else "nats per byte"),
+            _stacked(text.metric_text(suite), "" if text.is_share(suite) else suite.unit),
             str(len(suite.items)),
             text.score_text(suite, suite.base),
             text.score_text(suite, suite.tuned),
             _change_cell(suite),
-            _stacked(text.threshold_text(suite), text.kept_text(suite.kept), "cyan" if suite.kept else "bold yellow"),
+            _stacked(
+                text.threshold_text(suite), text.kept_text(suite.verdict), "cyan" if suite.kept else "bold yellow"
+            ),
         )
     return table
 
@@ -139,6 +142,11 @@ def _table(*headings: str) -> Table:
 
 def _change_cell(suite: SuiteScore) -> Text:
     return _stacked(text.change_text(suite, suite.change), text.interval_text(suite))
+
+
+def _promise_cell(suite: SuiteScore) -> Text:
+    style = "cyan" if suite.kept else "bold yellow"
+    return _stacked(text.threshold_text(suite), text.kept_text(suite.verdict), style)
 
 
 def _stacked(first: str, second: str, style: str = "dim") -> Text:

@@ -1,19 +1,17 @@
-"""Turns rows into training examples and test items, one at a time, naming the row of every fault."""
+"""Turns rows into training examples, one at a time, naming the row of every fault."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from training.errors import Problem, raise_all
 from training.readers import LastFault, Row, RowFault, open_rows
 from training.section import Source
-from training.spec import Accuracy, CrossEntropy, ExactMatch
 from training.strategy import Prompts
-from training.templating import column_of, fill, fill_text
+from training.templating import fill, fill_text
 
 MAX_PROBLEMS = 20
 ROLES = ("system", "user", "assistant", "tool")
@@ -48,18 +46,6 @@ class Passage:
 
     text: str
     where: str
-
-
-@dataclass(frozen=True)
-class SuiteItem:
-    """One test item. `choices` and `right` belong to accuracy, `completion` to the other metrics."""
-
-    prompt: str
-    completion: str
-    where: str
-    system: str = ""
-    choices: tuple[str, ...] = ()
-    right: int = -1
 
 
 @dataclass
@@ -112,10 +98,10 @@ def examples(source: Source, faults: Faults | None = None) -> Iterator[Example]:
         "text": _passage,
     }
     build = builders[source.form]
-    return _built(source.path, lambda row, where: build(source, row, where), faults or Faults())
+    return rows_of(source.path, lambda row, where: build(source, row, where), faults or Faults())
 
 
-def _built(path: Path, build: Callable[[Row, str], Built], faults: Faults) -> Iterator[Built]:
+def rows_of(path: Path, build: Callable[[Row, str], Built], faults: Faults) -> Iterator[Built]:
     for where, row in open_rows(path):
         try:
             if isinstance(row, RowFault):
@@ -150,7 +136,7 @@ def read_prompts(prompts: Prompts) -> list[Conversation]:
         system = ({"role": "system", "content": fill_text(prompts.system, row)},) if prompts.system else ()
         return Conversation((*system, {"role": "user", "content": _filled(prompts.prompt, row)}), where)
 
-    return list(_built(prompts.path, build, Faults()))
+    return list(rows_of(prompts.path, build, Faults()))
 
 
 def _filled(column: str, row: Row) -> str:
@@ -160,31 +146,20 @@ def _filled(column: str, row: Row) -> str:
     return text
 
 
-def read_items(suite: ExactMatch | Accuracy | CrossEntropy) -> list[SuiteItem]:
-    """The items of a suite (the first `limit` of them), or every row's fault at once."""
-    readers: dict[type, Any] = {ExactMatch: _exact_item, Accuracy: _choice_item, CrossEntropy: _entropy_item}
-    reader = readers[type(suite)]
-    faults = Faults()
-    items = _built(suite.path, lambda row, where: reader(suite, row, where), faults)
-    taken = list(islice(items, suite.limit))
-    faults.close()
-    return taken
-
-
 def _conversation(source: Source, row: Row, where: str) -> Conversation:
     return Conversation(_messages(source, row), where)
 
 
 def _passage(source: Source, row: Row, where: str) -> Passage:
     assert source.text is not None
-    return Passage(_non_empty(source.text, row), where)
+    return Passage(non_empty(source.text, row), where)
 
 
 def _messages(source: Source, row: Row) -> Messages:
     if source.messages is not None:
-        return _checked_turns(row, source.messages)
+        return checked_turns(row, source.messages)
     assert source.completion is not None
-    return (*_prompt_turns(source, row), {"role": "assistant", "content": _non_empty(source.completion, row)})
+    return (*_prompt_turns(source, row), {"role": "assistant", "content": non_empty(source.completion, row)})
 
 
 def _prompt_turns(source: Source, row: Row) -> Messages:
@@ -197,14 +172,14 @@ def _preference(source: Source, row: Row, where: str) -> Preference:
     assert source.chosen is not None
     assert source.rejected is not None
     prompt = _prompt_turns(source, row)
-    chosen, rejected = _non_empty(source.chosen, row), _non_empty(source.rejected, row)
+    chosen, rejected = non_empty(source.chosen, row), non_empty(source.rejected, row)
     if chosen == rejected:
         raise RowFault("the chosen and the rejected answer are the same: the pair teaches nothing", "remove the row")
     answers = ((*prompt, {"role": "assistant", "content": answer}) for answer in (chosen, rejected))
     return Preference(*(Conversation(messages, where) for messages in answers))
 
 
-def _checked_turns(row: Row, column: str) -> Messages:
+def checked_turns(row: Row, column: str) -> Messages:
     turns = row.get(column)
     if not isinstance(turns, list) or not turns:
         raise RowFault(f"'{column}' is no list of turns", f"columns here: {', '.join(row)}")
@@ -218,37 +193,7 @@ def _checked_turns(row: Row, column: str) -> Messages:
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
 
 
-def _exact_item(suite: ExactMatch, row: Row, where: str) -> SuiteItem:
-    system = fill_text(suite.system, row) if suite.system else ""
-    return SuiteItem(fill(suite.prompt, row), _non_empty(suite.completion, row), where, system)
-
-
-def _entropy_item(suite: CrossEntropy, row: Row, where: str) -> SuiteItem:
-    if suite.text is not None:
-        return SuiteItem("", _non_empty(suite.text, row), where)
-    assert suite.prompt is not None
-    assert suite.completion is not None
-    return SuiteItem(fill(suite.prompt, row), _non_empty(suite.completion, row), where)
-
-
-def _choice_item(suite: Accuracy, row: Row, where: str) -> SuiteItem:
-    choices = suite.choices if isinstance(suite.choices, tuple) else column_of(suite.choices, row)
-    if not isinstance(choices, list | tuple) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-        raise RowFault(f"the choices are no list of two or more texts: {choices!r}")
-    answer = column_of(suite.answer, row)
-    right = answer if isinstance(answer, int) and not isinstance(answer, bool) else _index_of(str(answer), choices)
-    if not 0 <= right < len(choices):
-        raise RowFault(f"the answer {right} is no index into {len(choices)} choices", "indices start at 0")
-    return SuiteItem(fill(suite.prompt, row), choices[right], where, choices=tuple(choices), right=right)
-
-
-def _index_of(answer: str, choices: list[str] | tuple[str, ...]) -> int:
-    if answer not in choices:
-        raise RowFault(f"the answer {answer!r} is none of the choices {list(choices)}", "give its text or its index")
-    return choices.index(answer)
-
-
-def _non_empty(column: str, row: Row) -> str:
+def non_empty(column: str, row: Row) -> str:
     text = fill(column, row)
     if not text.strip():
         raise RowFault(f"'{column}' is empty: there is no target token to learn or score", "fill or remove the row")
