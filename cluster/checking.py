@@ -10,10 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import pipeline
+from cluster.inspecting import tell_leakage
 from cluster.screen import facts
 from training.encoding import Encoded, load_tokenizer, preview
+from training.lineage import describe_lineage
 from training.plan import GIB, Plan, describe_replay
 from training.prepare import load_prepared
+from training.spec import RunSpec
 from training.strategy import Replay
 from training.workspace import Workspace
 
@@ -27,9 +30,11 @@ def show_check(spec_path: Path, workspace: Workspace) -> None:
     """Validate a spec and its data, print the plan and the first examples as the model will see them."""
     spec = pipeline.read_spec(spec_path, workspace)
     plan, prepared = pipeline.plan_run(spec, workspace)
+    tell_leakage(spec, workspace)
     console = Console(highlight=False)
     console.print(f"[bold green]valid[/]  {spec_path}")
     console.print(plan_table(plan, spec.protection(Replay)))
+    tell_lineage(console, spec, workspace)
     tokenizer = load_tokenizer(Path(spec.model))
     console.print("the first examples; [bold green]green[/] tokens carry loss, others are only read:")
     data = load_prepared(prepared)
@@ -37,6 +42,13 @@ def show_check(spec_path: Path, workspace: Workspace) -> None:
         console.print(preview_text(data.train[index], tokenizer), soft_wrap=True)
         if data.rejected:
             console.print(Text("rejected: ") + preview_text(answer_of(data.rejected[index]), tokenizer), soft_wrap=True)
+
+
+def tell_lineage(console: Console, spec: RunSpec, workspace: Workspace) -> None:
+    """What the run watches because of where its base came from; nothing where there is nothing to tell."""
+    told = describe_lineage(spec, workspace)
+    if told:
+        console.print(told, soft_wrap=True)
 
 
 def plan_table(plan: Plan, replay: Replay | None = None) -> Table:

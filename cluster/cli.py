@@ -54,12 +54,17 @@ def check(context: click.Context, spec: Path) -> None:
 def train(context: click.Context, spec: Path, address: str | None) -> None:
     """Train by SPEC, score, judge, report and register. Exit status 3: the contract is broken; 4: undecided."""
     from cluster import pipeline
+    from cluster.checking import tell_lineage
+    from cluster.inspecting import tell_leakage
+    from cluster.screen import make_screen
     from cluster.session import check_address
 
     if address:
         check_address(address)
     read = pipeline.read_spec(spec, context.obj)
     plan, _ = pipeline.plan_run(read, context.obj)
+    tell_leakage(read, context.obj)
+    tell_lineage(make_screen(), read, context.obj)
     with pipeline.session(context.obj, address, read.scaling):
         _finish(pipeline.start_run(spec, read, plan, context.obj), context.obj)
 

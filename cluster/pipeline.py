@@ -7,6 +7,7 @@ import shutil
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -17,7 +18,8 @@ from cluster.session import ray_session
 from cluster.tasks import run_tasks
 from training.errors import TenureError, fail
 from training.importance import check_importances
-from training.models import find_model, read_model_info
+from training.lineage import find_base, inherit_suites
+from training.models import read_model_info
 from training.plan import GIB, Plan, describe_replay, make_plan
 from training.prepare import load_prepared, prepare
 from training.scorecard import Scorecard, read_scorecard
@@ -31,8 +33,8 @@ _SPARE_DISK_BYTES = 256 * 2**20
 
 
 def read_spec(path: Path, workspace: Workspace) -> RunSpec:
-    """The spec of a file with its model found and its data files seen."""
-    return load_spec(path, find_model=lambda name: find_model(name, workspace))
+    """The spec of a file with its model found, its data files seen, and what its base's lineage asks to be retained."""
+    return inherit_suites(load_spec(path, find_model=lambda name: find_base(name, workspace)), workspace)
 
 
 def plan_run(spec: RunSpec, workspace: Workspace) -> tuple[Plan, Path]:
@@ -63,11 +65,17 @@ def check_disk(workspace: Workspace, plan: Plan) -> None:
         raise fail(what, str(workspace.root), "free some space, or put --workspace on a larger disk")
 
 
-def start_run(spec_path: Path, spec: RunSpec, plan: Plan, workspace: Workspace) -> RunFolder:
-    """A new run folder with its spec (as given and as read), plan and lineage; none when it cannot be tracked."""
+def start_run(
+    spec_path: Path, spec: RunSpec, plan: Plan, workspace: Workspace, about: dict[str, Any] | None = None
+) -> RunFolder:
+    """A new run folder with its spec (as given and as read), plan and lineage; none when it cannot be tracked.
+
+    Args:
+        about: what is noted in the lineage beside what the spec gives.
+    """
     from training.tracking import collect_lineage, start_tracking
 
-    lineage = collect_lineage(spec, hash_spec(spec))
+    lineage = {**collect_lineage(spec, hash_spec(spec)), **(about or {})}
     run = workspace.new_run(spec.name)
     shutil.copyfile(spec_path, run.spec_yaml)
     write_json(run.spec, spec.model_dump(mode="json"))

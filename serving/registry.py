@@ -10,7 +10,7 @@ from training.models import hash_folder
 from training.scorecard import Scorecard
 from training.spec import RunSpec
 from training.tracking import client, tracking_id_of
-from training.workspace import RunFolder, Workspace
+from training.workspace import MERGED_FOLDER, RunFolder, Workspace
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def register(workspace: Workspace, run: RunFolder, spec: RunSpec, scorecard: Sco
         "contract": scorecard.contract.verdict,
         "artifact_hash": scorecard.artifact_hash,
         "base_hash": scorecard.base_hash,
+        **({"merged_hash": hash_folder(merged)} if (merged := run.artifact / MERGED_FOLDER).is_dir() else {}),
     }
     made = store.create_model_version(spec.name, source=run.artifact.as_uri(), run_id=tracking_id_of(run), tags=tags)
     return Registered(spec.name, str(made.version))

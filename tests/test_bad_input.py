@@ -67,9 +67,9 @@ def test_every_fault_of_a_spec_is_one_error(spec: Path) -> None:
     assert [error.splitlines()[0] for error in told] == [
         "spec.yaml:2: model: the packaged model 'smollm2-135m-instruct' has not been fetched",
         "spec.yaml:7: tuning.rnak: unknown key 'rnak'",
-        f"spec.yaml:11: data.train[0].path: there is no file {spec.parent / 'nowhere.jsonl'}",
-        f"spec.yaml:17: suites.target[0].path: the file {spec.parent / 'empty.jsonl'} is empty",
-        "spec.yaml:28: training.learning_rate: 'fast' is not a number above 0",
+        f"spec.yaml:12: data.train[0].path: there is no file {spec.parent / 'nowhere.jsonl'}",
+        f"spec.yaml:18: suites.target[0].path: the file {spec.parent / 'empty.jsonl'} is empty",
+        "spec.yaml:29: training.learning_rate: 'fast' is not a number above 0",
     ]
     assert told[0].splitlines()[1] == "    -> run: tenure fetch"
     assert told[1].splitlines()[1].startswith("    -> did you mean 'rank'? ")

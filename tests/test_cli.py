@@ -92,7 +92,10 @@ def test_check_previews_text_and_pairs(
 ) -> None:
     path = write_tiny_spec(tmp_path, tiny_model)
     spec = yaml.safe_load(path.read_text())
-    spec |= {"objective": {"type": objective}, "data": {"train": [{"path": "train.jsonl", **source}]}}
+    spec |= {
+        "objective": {"type": objective},
+        "data": {"train": [{"path": "train.jsonl", **source}], "max_overlap": 1.0},
+    }
     path.write_text(yaml.safe_dump(spec))
     done = run_tenure(tmp_path, "check", "spec.yaml")
     assert (done.returncode, done.stderr) == (0, "")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny import END, START, make_tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from training.chat import render_prompt
 from training.encoding import (
     Encoded,
     encode,
@@ -18,7 +22,6 @@ from training.encoding import (
     encode_preferences,
     load_tokenizer,
     preview,
-    render_prompt,
     wants_chat,
 )
 from training.errors import TenureError
@@ -118,16 +121,100 @@ def test_what_a_template_writes_after_the_end_token_is_not_learned(tokenizer: Pr
     assert preview(tokenizer, encode(tokenizer, SINGLE, chat=True))[-1] == (f"7{END}", True)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    dropping = "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}"
+def dropping(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A tokenizer whose template leaves out what the assistant said before."""
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     tokenizer.chat_template = (
-        dropping + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}" + turn + "{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    assert encode(tokenizer, SINGLE, chat=True).num_targets == 2
-    with pytest.raises(TenureError, match="rewrites earlier turns") as caught:
+    return tokenizer
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert encode(dropping(tokenizer), SINGLE, chat=True).num_targets == 2
+    told = r"rewrites earlier turns: 'assistan' in the row of one answer is 'user\\nand' in the prompt of the next"
+    with pytest.raises(TenureError, match=told) as caught:
         encode(tokenizer, MULTI, chat=True)
     assert caught.value.problems[0].where == "f row 2"
+    assert "learn: each" in caught.value.problems[0].instead
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_the_last_turn_alone_is_learned_or_each_in_a_row_of_its_own(
+    tokenizer: PreTrainedTokenizerFast, drops: bool
+) -> None:
+    used = dropping(tokenizer) if drops else tokenizer
+    middle = "" if drops else f"{START}assistant\nIt is 7.\n{END}\n"
+    first = f"{START}system\nYou add.{END}\n{START}user\n3+4?{END}\n"
+    asked, ended = f"{START}user\nand 1?{END}\n{START}assistant\n", [(f"8{END}", True)]
+    (last,), _ = encode_all(used, [replace(MULTI, learn="last")], True, 4096, "refuse")
+    assert preview(used, last) == [(first + middle + asked, False), *ended]
+    rows, _ = encode_all(used, [SINGLE, replace(MULTI, learn="each")], True, 4096, "refuse")
+    assert [preview(used, row) for row in rows[1:]] == [
+        [(first + f"{START}assistant\n", False), (f"It is 7.\n{END}", True)],
+        preview(used, last),
+    ]
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = tuple(turn | {"weight": 0} if turn["content"] == "8" else turn for turn in MULTI.messages)
+    assert preview(tokenizer, encode(tokenizer, replace(MULTI, messages=turns), chat=True)) == [
+        (f"{START}system\nYou add.{END}\n{START}user\n3+4?{END}\n{START}assistant\n", False),
+        (f"It is 7.\n{END}", True),
+    ]
+    with pytest.raises(TenureError, match="f row 2: every assistant turn has weight 0"):
+        encode(tokenizer, replace(SINGLE, messages=(*turns[3:4], turns[4]), where="f row 2"), chat=True)
+
+
+def merging(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer with one token for two line ends, as those of real models have."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]["\u010a\u010a"] = len(tokenizer)
+    state["pre_tokenizer"]["use_regex"] = False
+    state["model"]["merges"] = [["\u010a", "\u010a"]]
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token=END)
+    made.chat_template = tokenizer.chat_template
+    return made
+
+
+def test_an_answer_that_would_melt_into_its_prompt_is_encoded_apart(tokenizer: PreTrainedTokenizerFast) -> None:
+    used = merging(tokenizer)
+    ask = {"role": "user", "content": "3+4?"}
+    row = Conversation((ask, {"role": "assistant", "content": "\n7"}), "f row 1")
+    encoded = encode(used, row, chat=True)
+    served = used.apply_chat_template([ask], add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert list(encoded.ids[: len(served)]) == served
+    assert preview(used, encoded)[-1] == (f"\n7{END}", True)
+    again = Conversation((*row.messages, *SINGLE.messages), "f row 2")
+    with pytest.raises(TenureError, match="f row 2: the chat template rewrites earlier turns"):
+        encode(used, again, chat=True)
+    assert len(encode_all(used, [replace(again, learn="each")], True, 4096, "refuse")[0]) == 2
+
+
+def test_the_templates_own_marks_narrow_what_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Here they leave out the first word, and the end token, which is learned all the same."""
+    said = "{{ message['content'] + '<|im_end|>' }}"
+    words = "{% set parts = message['content'].partition(' ') %}{{ parts[0] + parts[1] }}"
+    marked = words + "{% generation %}{{ parts[2] }}{% endgeneration %}{{ '<|im_end|>' }}"
+    bare = tokenizer.chat_template.replace("{% generation %}" + said + "{% endgeneration %}", marked)
+    assert bare != tokenizer.chat_template
+    tokenizer.chat_template = bare
+    turns = ({"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "It is 7."})
+    found = preview(tokenizer, encode(tokenizer, Conversation(turns, ""), chat=True))
+    assert found == [(f"{START}user\n3+4?{END}\n{START}assistant\nIt ", False), (f"is 7.{END}", True)]
+
+
+def test_a_space_that_is_put_before_a_first_word_is_not_put_before_an_answer() -> None:
+    """SentencePiece's, as in Llama 2 and Mistral: the prompt brings the space, or there is none."""
+    letters = {letter: place for place, letter in enumerate("\u2581abq7\n")}
+    backend = Tokenizer(models.BPE(vocab={**letters, "\u25817": 6}, merges=[("\u2581", "7")]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "7"})
+    ids = encode(made, Conversation(turns, ""), chat=False).ids
+    assert list(ids) == [*made("q 7", add_special_tokens=False)["input_ids"], made.eos_token_id]
 
 
 def test_turns_that_a_template_refuses_are_told_with_its_words(tokenizer: PreTrainedTokenizerFast) -> None:

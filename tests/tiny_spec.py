@@ -57,7 +57,11 @@ def write_tiny_spec(
         "model": str(model),
         "tuning": tuning or {"type": "lora", "rank": 4, "alpha": 8},
         "protections": protections or [],
-        "data": {"train": [{"path": "train.jsonl", "prompt": "question", "completion": "answer"}]},
+        "data": {
+            # There are few sums of two digits, and training runs over all of them.
+            "max_overlap": 1.0,
+            "train": [{"path": "train.jsonl", "prompt": "question", "completion": "answer"}],
+        },
         "suites": suites or _suites(),
         "training": {
             "learning_rate": 1e-3,

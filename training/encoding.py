@@ -1,22 +1,26 @@
 """Turns conversations into token ids with the loss on the assistant's tokens alone.
 
-Prompt and completion are tokenised apart, so the prompt's ids in training are the ids that serving sees.
+The ids before every answer are those that serving computes for the same prompt, and the ids of an answer end with the
+token at which serving stops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from jinja2 import TemplateError
-
-from training.errors import Problem, TenureError, fail
-from training.rows import Conversation, Messages, Passage, Preference
+from training.chat import chat_answers, learned_turns
+from training.errors import Problem, TenureError, fail, raise_all
+from training.rows import MAX_PROBLEMS, Conversation, Passage, Preference
+from training.tokens import continued_ids, prompt_ids, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,6 @@ class Encoded:
     @property
     def num_targets(self) -> int:
         return sum(self.is_target[1:])
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of rendered text and whether it is to be learned."""
-
-    text: str
-    is_target: bool
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -77,59 +73,23 @@ def wants_chat(chat: bool | str, tokenizer: PreTrainedTokenizerBase, where: str)
 _NO_TEMPLATE = "use an instruct model, put a chat_template.jinja beside its tokenizer, or give prompt and completion"
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], where: str) -> str:
-    """The chat template's text up to and including the header of the assistant's next turn."""
-    return _render(tokenizer, messages, where, add_generation_prompt=True)
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], where: str, *, add_generation_prompt: bool
-) -> str:
-    """Rendered turns.
+def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, chat: bool) -> Encoded:
+    """Token ids and loss mask of one conversation. A plain prompt gets the tokenizer's own start tokens.
 
     Raises:
-        TenureError: the template refuses them; many take no system turn, or want users and assistants in turns.
+        TenureError: as chat_answers(), or serving would not write earlier turns as they are learned.
     """
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in messages)
-        what = f"the model's chat template refuses the turns {roles}: {error}"
-        raise fail(what, where, "give other turns, or another chat_template.jinja beside the model") from None
-    assert isinstance(text, str)
-    return text
+    return _encode_chat(tokenizer, conversation) if chat else _encode_plain(tokenizer, conversation)
 
 
-def segments(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, chat: bool) -> list[Segment]:
-    """The rendered conversation, cut where learning starts and stops.
-
-    Raises:
-        TenureError: the template refuses the conversation, or does not render it as an extension of its own prefix.
-    """
-    messages = conversation.messages
-    if not chat:
-        end = tokenizer.eos_token or ""
-        prompt = _plain_prompt(messages)
-        return [Segment(prompt, False), Segment(spaced(prompt, messages[-1]["content"]) + end, True)]
-    cut: list[Segment] = []
-    done = ""
-    for index, turn in enumerate(messages):
-        if turn["role"] == "assistant":
-            prompt = render_prompt(tokenizer, messages[:index], conversation.where)
-            full = _render(tokenizer, messages[: index + 1], conversation.where, add_generation_prompt=False)
-            if not (prompt.startswith(done) and full.startswith(prompt)):
-                what = "the chat template rewrites earlier turns, so the learned span cannot be told"
-                raise fail(what, conversation.where, "give single-turn rows, or another chat template")
-            answer = _until_end_token(full[len(prompt) :], tokenizer.eos_token)
-            cut += [Segment(prompt[len(done) :], False), Segment(answer, True)]
-            done = prompt + answer
-    return cut
-
-
-def _plain_prompt(messages: Messages) -> str:
-    return "\n".join(turn["content"] for turn in messages[:-1])
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Encoded:
+    prompt = "\n".join(turn["content"] for turn in conversation.messages[:-1])
+    given = prompt_ids(tokenizer, prompt)
+    completion = spaced(prompt, conversation.messages[-1]["content"])
+    answer = continued_ids(tokenizer, completion) if prompt else text_ids(tokenizer, completion)
+    assert tokenizer.eos_token_id is not None
+    ids = (*given, *answer, int(tokenizer.eos_token_id))
+    return Encoded(ids, (False,) * len(given) + (True,) * (len(answer) + 1))
 
 
 def spaced(prompt: str, completion: str) -> str:
@@ -138,21 +98,28 @@ def spaced(prompt: str, completion: str) -> str:
     return f" {completion}" if needs else completion
 
 
-def _until_end_token(text: str, end: str | None) -> str:
-    """An answer up to and including its end token: what the template writes after it is never generated."""
-    return text[: text.rindex(end) + len(end)] if end and end in text else text
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Encoded:
+    """The answers to be learned, each after the prompt of which serving would ask it."""
+    ids: tuple[int, ...] = ()
+    is_target: tuple[bool, ...] = ()
+    for answer in chat_answers(tokenizer, conversation):
+        if answer.prompt[: len(ids)] != ids:
+            raise _rewritten(tokenizer, ids, answer.prompt, conversation.where)
+        is_target += (False,) * (len(answer.prompt) - len(ids)) + answer.is_target
+        ids = answer.prompt + answer.ids
+    return Encoded(ids, is_target)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, chat: bool) -> Encoded:
-    """Token ids and loss mask of one conversation. A plain prompt gets the tokenizer's own start tokens."""
-    ids: list[int] = []
-    is_target: list[bool] = []
-    for position, segment in enumerate(segments(tokenizer, conversation, chat)):
-        with_start = position == 0 and not chat
-        piece = prompt_ids(tokenizer, segment.text) if with_start else text_ids(tokenizer, segment.text)
-        ids += piece
-        is_target += [segment.is_target] * len(piece)
-    return Encoded(tuple(ids), tuple(is_target))
+def _rewritten(
+    tokenizer: PreTrainedTokenizerBase, learned: Sequence[int], served: Sequence[int], where: str
+) -> TenureError:
+    """Why a conversation is no single row: what was learned is not what later turns would be answered after."""
+    pairs = enumerate(zip(learned, served, strict=False))
+    place = next((place for place, (one, two) in pairs if one != two), min(len(learned), len(served)))
+    was, now = (_decoded(tokenizer, ids[place : place + 8]) for ids in (learned, served))
+    change = f"{was!r} in the row of one answer is {now!r} in the prompt of the next"
+    what = f"the chat template rewrites earlier turns: {change}"
+    return fail(what, where, "set the source's learn: each (a row for every answer, as served), or learn: last")
 
 
 def preview(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[tuple[str, bool]]:
@@ -177,21 +144,6 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of rendered text, or of an answer: nothing is added."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a plain prompt: the tokenizer's own start tokens and the text, without the end that some add."""
-    bare = text_ids(tokenizer, _ANY_TEXT)
-    started = list(tokenizer(_ANY_TEXT)["input_ids"])
-    return started[: started.index(bare[0])] + text_ids(tokenizer, text)
-
-
-_ANY_TEXT = "a"
-
-
 def encode_all(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
@@ -204,9 +156,33 @@ def encode_all(
     Raises:
         TenureError: rows are longer and overlong is "refuse", or a row has no target token.
     """
-    encoded = [(encode(tokenizer, conversation, chat),) for conversation in conversations]
-    kept, num_longer = _fit(encoded, [conversation.where for conversation in conversations], max_length, overlong)
+    rows = [row for split in _built(conversations, lambda one: _rows(one, chat)) for row in split]
+    encoded = _built(rows, lambda row: (encode(tokenizer, row, chat),))
+    kept, num_longer = _fit(encoded, [row.where for row in rows], max_length, overlong)
     return [example for (example,), _ in kept], num_longer
+
+
+def _rows(conversation: Conversation, chat: bool) -> list[Conversation]:
+    """The rows that a conversation becomes: one, or one for every answer where each is to be learned by itself."""
+    if not chat or conversation.learn != "each":
+        return [conversation]
+    ends = [place + 1 for place in learned_turns(conversation)]
+    return [replace(conversation, messages=conversation.messages[:end], learn="last") for end in ends]
+
+
+def _built(items: Iterable[_Item], build: Callable[[_Item], _Made]) -> list[_Made]:
+    """What is made of every item, or the faults of all of them at once (the first twenty)."""
+    made: list[_Made] = []
+    problems: dict[Problem, None] = {}
+    for item in items:
+        try:
+            made.append(build(item))
+        except TenureError as error:
+            problems |= dict.fromkeys(error.problems)
+        if len(problems) >= MAX_PROBLEMS:
+            break
+    raise_all(problems)
+    return made
 
 
 def encode_preferences(
@@ -223,7 +199,12 @@ def encode_preferences(
     Raises:
         TenureError: as encode_all(), or nothing is left by which the answers of a pair differ.
     """
-    encoded = [(encode(tokenizer, pair.chosen, chat), encode(tokenizer, pair.rejected, chat)) for pair in preferences]
+
+    def both(pair: Preference) -> tuple[Encoded, Encoded]:
+        chosen, rejected = (replace(one, learn="last") for one in (pair.chosen, pair.rejected))
+        return encode(tokenizer, chosen, chat), encode(tokenizer, rejected, chat)
+
+    encoded = _built(preferences, both)
     kept, num_longer = _fit(encoded, [pair.chosen.where for pair in preferences], max_length, overlong)
     alike = [where for (chosen, rejected), where in kept if chosen == rejected]
     if alike:

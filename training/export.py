@@ -17,12 +17,10 @@ from training.models import hash_folder
 from training.spec import RunSpec
 from training.strategy import is_adapter, merges_by_itself
 from training.tuning import ADAPTER, load_base
-from training.workspace import MERGED_FOLDER, write_json
+from training.workspace import LINEAGE_FILE, MERGED_FOLDER, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LINEAGE_FILE = "tenure.json"
 
 
 def gather_masters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -88,7 +86,9 @@ def export_artifact(
         if is_adapter(spec.tuning) and (spec.export.merged or merges_by_itself(spec.tuning)):
             save_merged(base, part, part / MERGED_FOLDER, tokenizer)
         lineage = {"run": run_id, "tuning": spec.tuning.type, "base_model": str(base), "base_hash": hash_folder(base)}
-        write_json(part / LINEAGE_FILE, lineage)
+        for folder in (part, part / MERGED_FOLDER):
+            if folder.is_dir():
+                write_json(folder / LINEAGE_FILE, lineage)
         if write_beside is not None:
             write_beside(part)
         part.rename(target)

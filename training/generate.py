@@ -16,13 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.encoding import Encoded, encode, load_tokenizer, prompt_ids, render_prompt, spaced, text_ids, wants_chat
+from training.chat import render_prompt
+from training.encoding import Encoded, encode, load_tokenizer, spaced, wants_chat
 from training.errors import fail
 from training.models import hash_file, hash_folder
 from training.readers import read_rows
 from training.rows import Conversation, Messages, read_prompts
 from training.spec import RunSpec
 from training.strategy import Generate, Replay
+from training.tokens import continued_ids, prompt_ids, text_ids
 from training.workspace import Workspace, write_json
 
 if TYPE_CHECKING:
@@ -306,7 +308,7 @@ def _encode_written(row: dict[str, Any], where: str, tokenizer: PreTrainedTokeni
         return encode(tokenizer, Conversation(messages, where), chat)
     prompt = _chat_prompt(tokenizer, messages[:-1]) if chat else _plain(tokenizer, Conversation(messages[:-1], where))
     text = messages[-1]["content"]
-    answer = text_ids(tokenizer, text if chat else spaced(messages[0]["content"], text))
+    answer = continued_ids(tokenizer, text if chat else spaced(messages[0]["content"], text))
     return Encoded((*prompt.ids, *answer), (False,) * len(prompt.ids) + (True,) * len(answer))
 
 

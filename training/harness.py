@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from training.encoding import text_ids
 from training.suite_spec import FileSuite
 from training.suites import context_ids
+from training.tokens import continued_ids, text_ids
 
 
 class HarnessModel(HFLM):  # type: ignore[misc]
@@ -29,7 +29,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        return context_ids(self.suite, context, self.tokenizer), text_ids(self.tokenizer, continuation)
+        answer = continued_ids(self.tokenizer, continuation) if context else text_ids(self.tokenizer, continuation)
+        return context_ids(self.suite, context, self.tokenizer), answer
 
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **_: Any

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from training.errors import fail
 from training.models import hash_folder
-from training.workspace import MERGED_FOLDER, read_json, write_json
+from training.workspace import LINEAGE_FILE, MERGED_FOLDER, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
 
 ADAPTER_CONFIG = "adapter_config.json"
-LINEAGE_FILE = "tenure.json"
 _FIRST, _SECOND = (".lora_A.", ".lora_embedding_A"), (".lora_B.", ".lora_embedding_B")
 
 

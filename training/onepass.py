@@ -16,6 +16,7 @@ import torch
 
 # Elements a kernel takes at once: what 32-bit indices reach.
 _REACH = 1 << 30
+_LARGE = 1 << 26
 
 
 Place = Callable[[torch.Tensor], int]
@@ -79,7 +80,7 @@ class OnePassAdamW(torch.optim.AdamW):
         assert theta.grad is not None
         rates = _rates(group, float(state["step"]))
         first, second = group["betas"]
-        run = _compiled() if theta.is_cuda else protected_adamw
+        run = _compiled(theta.numel() >= _LARGE) if theta.is_cuda else protected_adamw
         for start in range(0, theta.numel(), _REACH):
             cut = functools.partial(_cut, stretch=slice(start, start + _REACH))
             pulled = [
@@ -160,5 +161,6 @@ def _times(weight: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _compiled() -> Callable[..., None]:
-    return torch.compile(protected_adamw)
+def _compiled(is_large: bool) -> Callable[..., None]:
+    """Large shards, which are few, get a kernel each for their size: one for any size is slower by a half."""
+    return torch.compile(protected_adamw, dynamic=False if is_large else None)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raised when the same files and settings come to give other token ids.
-_ENCODING_VERSION = 4
+_ENCODING_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -212,11 +212,18 @@ def _encode_sources(
     )
 
 
+# Tokens, template, and the tokens at which serving stops.
+_DECIDING = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json"),
+    *("chat_template.jinja", "generation_config.json", "config.json"),
+)
+
+
 def _content_key(spec: RunSpec, written: Path | None) -> str:
     """A hash of all that decides the token ids: files, columns, tokenizer and template, lengths."""
     model = Path(spec.model)
-    deciding = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model", "vocab.json")
-    files = [model / name for name in deciding if (model / name).is_file()]
+    files = [model / name for name in _DECIDING if (model / name).is_file()]
+    files += sorted(model.glob("additional_chat_templates/*.jinja"))
     files += [source.path for source in (*spec.data.train, *spec.suites.all)]
     replay = spec.protection(Replay)
     files += replay.files if replay else ()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from training.errors import Problem, raise_all
 from training.readers import LastFault, Row, RowFault, open_rows
-from training.section import Source
+from training.section import Learn, Source
 from training.strategy import Prompts
 from training.templating import fill, fill_text
 
@@ -23,13 +23,15 @@ Built = TypeVar("Built")
 class Conversation:
     """A training example: chat turns, of which the assistant's are learned, or a plain prompt and completion.
 
-    A turn has `role` and `content` (text), and where the row gives them `tool_calls`, `tool_call_id`, `name` and
-    `reasoning_content`, as in OpenAI's API. `tools` are the functions that may be called, as JSON Schema.
+    A turn has `role` and `content` (text), and where the row gives them `tool_calls`, `tool_call_id`, `name`,
+    `reasoning_content` and `weight` (0: not learned), as in OpenAI's API. `tools` are the functions that may be called,
+    as JSON Schema. Of the assistant's turns are learned all, the last, or each in a row of its own.
     """
 
     messages: Messages
     where: str
     tools: tuple[dict[str, Any], ...] = ()
+    learn: Learn = "all"
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _filled(column: str, row: Row) -> str:
 
 
 def _conversation(source: Source, row: Row, where: str) -> Conversation:
-    return Conversation(_messages(source, row), where)
+    return Conversation(_messages(source, row), where, learn=source.learn)
 
 
 def _passage(source: Source, row: Row, where: str) -> Passage:

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from training.encoding import load_tokenizer, text_ids
+from training.encoding import load_tokenizer
 from training.errors import fail
 from training.items import SuiteItem, read_items
 from training.metrics import ANSWER_METRICS, NATS
@@ -36,6 +36,7 @@ from training.suite_spec import (
     ValidJson,
 )
 from training.suites import RenderedItem, context_ids, render_item
+from training.tokens import text_ids
 from training.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
@@ -88,8 +89,9 @@ def protocol_of(spec: RunSpec, precision: str) -> dict[str, str | int | float | 
         "decoding": "greedy",
         "few_shot": 0,
     }
+    unscored = {"path", "min_gain", "max_loss", "json_schema", "inherited_from"}
     for suite in spec.suites.every:
-        settings = suite.model_dump(mode="json", exclude={"path", "min_gain", "max_loss", "json_schema"})
+        settings = suite.model_dump(mode="json", exclude=unscored)
         protocol[f"suite.{suite.name}"] = json.dumps(settings, sort_keys=True)
         protocol[f"data.{suite.name}"] = _hash_of_data(suite)
         if isinstance(suite, ValidJson) and suite.json_schema is not None:

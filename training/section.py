@@ -48,6 +48,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Learn = Literal["all", "last", "each"]
+
+
 class Source(Section):
     """Training rows of a JSONL file, in one of four forms.
 
@@ -55,6 +58,7 @@ class Source(Section):
     `prompt`, `completion`, `chosen`, `rejected` and `text` name a column, or are a Jinja template over columns when
     they hold `{{`; `system` is text, or such a template.
     `chat` says whether prompts are rendered by the model's chat template (auto: when it has one).
+    `learn` says which of the assistant's turns are learned: all, the last, or each as a row of its own.
     """
 
     path: DataFile
@@ -66,6 +70,7 @@ class Source(Section):
     text: Text | None = None
     system: Text | None = None
     chat: Flag | Literal["auto"] = "auto"
+    learn: Learn = "all"
 
     @property
     def form(self) -> Form:

@@ -54,10 +54,12 @@ ProtectionType = TypeVar("ProtectionType", bound=Section)
 
 
 class Data(Section):
-    """What is trained on."""
+    """What is trained on, and how much of a suite it may give away: a share of the suite's items."""
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     overlong: Literal["refuse", "drop", "truncate"] = "refuse"
+    max_overlap: Fraction = 0.02
+    allow_overlap: tuple[Name, ...] = ()
 
 
 class Contract(Section):
@@ -155,6 +157,15 @@ class RunSpec(Section):
                 what = f"objective {objective.type} cannot learn from rows of the form {source.form}"
                 instead = f"give {' or '.join(FORMS[objective.type])}, or another objective"
                 raise fault(what, instead, ("train", index))
+        return value
+
+    @field_validator("suites")
+    @classmethod
+    def _allowed_overlaps_exist(cls, value: Suites, info: ValidationInfo) -> Suites:
+        known = [suite.name for suite in value.all]
+        for name in info.data["data"].allow_overlap if "data" in info.data else ():
+            if name not in known:
+                raise fault(f"data.allow_overlap names '{name}', which is no suite", f"suites: {', '.join(known)}")
         return value
 
     @field_validator("scaling")

@@ -7,14 +7,17 @@ import re
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from training.errors import Problem, TenureError
+from training.errors import Problem, TenureError, fail
+from training.section import Section
 from training.spec import RunSpec
 from training.yamlfile import Location, read_yaml
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_spec(
@@ -29,16 +32,28 @@ def load_spec(
     Raises:
         TenureError: with every fault found.
     """
-    data, lines = read_yaml(path)
     context = {"folder": path.parent, "look_at_files": look_at_files, "find_model": find_model}
+    spec, _ = read_section(RunSpec, path, context)
+    return spec
+
+
+def read_section(kind: type[AnySection], path: Path, context: dict[str, Any]) -> tuple[AnySection, dict[Location, int]]:
+    """A YAML file validated as a whole, and the line of every key in it.
+
+    Raises:
+        TenureError: with every fault found.
+    """
+    data, lines = read_yaml(path)
+    if kind is RunSpec and "tasks" in data:
+        raise fail("tasks make this a sequence", where_of(("tasks",), path, lines), f"run: tenure sequence {path}")
     try:
-        return RunSpec.model_validate(data, context=context)
+        return kind.model_validate(data, context=context), lines
     except ValidationError as error:
-        raise TenureError(_problems(error.errors(), data, path, lines)) from None
+        raise TenureError(_problems(kind, error.errors(), data, path, lines)) from None
 
 
 def _problems(
-    faults: list[ErrorDetails], data: dict[str, Any], path: Path, lines: dict[Location, int]
+    kind: type[Section], faults: list[ErrorDetails], data: dict[str, Any], path: Path, lines: dict[Location, int]
 ) -> list[Problem]:
     """One problem a key, in the order of the file.
 
@@ -49,8 +64,13 @@ def _problems(
     for fault in faults:
         by_key.setdefault(_location(fault, data), []).append(fault)
     told = [key for key in by_key if not any(key != other and key == other[: len(key)] for other in by_key)]
-    problems = [(_line(key, lines), _problem(key, by_key[key], path, lines)) for key in told]
-    return [problem for _, problem in sorted(problems, key=lambda pair: pair[0])]
+    told.sort(key=lambda key: _line(key, lines))
+    return [_problem(kind, by_key[key][0], where_of(key, path, lines)) for key in told]
+
+
+def _problem(kind: type[Section], fault: ErrorDetails, where: str) -> Problem:
+    what, instead = _tell(kind, fault)
+    return Problem(what, where, instead)
 
 
 def _line(key: Location, lines: dict[Location, int]) -> int:
@@ -59,11 +79,10 @@ def _line(key: Location, lines: dict[Location, int]) -> int:
     return lines[key]
 
 
-def _problem(key: Location, faults: list[ErrorDetails], path: Path, lines: dict[Location, int]) -> Problem:
+def where_of(key: Location, path: Path, lines: dict[Location, int]) -> str:
+    """File, line and name of a key."""
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")
-    where = f"{path}:{_line(key, lines)}: {name}" if name else f"{path}:{_line(key, lines)}"
-    what, instead = _tell(faults[0])
-    return Problem(what, where, instead)
+    return f"{path}:{_line(key, lines)}: {name}" if name else f"{path}:{_line(key, lines)}"
 
 
 def _location(fault: ErrorDetails, data: Any) -> Location:
@@ -80,29 +99,29 @@ def _location(fault: ErrorDetails, data: Any) -> Location:
     return (*kept, *fault.get("ctx", {}).get("at", ()))
 
 
-def _tell(fault: ErrorDetails) -> tuple[str, str]:
+def _tell(kind: type[Section], fault: ErrorDetails) -> tuple[str, str]:
     """What is wrong and what to set instead, in our words where pydantic's need its documentation."""
-    kind, given, location = fault["type"], fault["input"], fault["loc"]
+    wrong, given, location = fault["type"], fault["input"], fault["loc"]
     context = fault.get("ctx", {})
-    if kind == "tenure":
+    if wrong == "tenure":
         return context["what"], context["instead"]
-    if kind == "extra_forbidden":
-        known = sorted(_schema_at(location[:-1]).get("properties", {}))
+    if wrong == "extra_forbidden":
+        known = sorted(_schema_at(kind, location[:-1]).get("properties", {}))
         return f"unknown key '{location[-1]}'", _nearest(str(location[-1]), known)
-    if kind == "missing":
+    if wrong == "missing":
         return "this key is missing", "add it"
-    if kind == "union_tag_invalid":
+    if wrong == "union_tag_invalid":
         shown = given.get(_tag_name(context))
         return f"{shown!r} is not known here", _nearest(str(shown), _quoted(context["expected_tags"]))
-    if kind == "union_tag_not_found":
+    if wrong == "union_tag_not_found":
         name = _tag_name(context)
         return f"the key '{name}' is missing", f"say which with {name}: ..."
-    if kind == "string_pattern_mismatch":
+    if wrong == "string_pattern_mismatch":
         return f"{given!r} is not a name", "use lower-case letters, digits, '.', '_' and '-', 63 at most"
-    if kind == "value_error":
+    if wrong == "value_error":
         what, _, instead = str(context["error"]).partition(" -> ")
         return what, instead
-    return _tell_value(given, _schema_at(location))
+    return _tell_value(given, _schema_at(kind, location))
 
 
 def _tell_value(given: Any, schema: dict[str, Any]) -> tuple[str, str]:
@@ -155,9 +174,9 @@ def _nearest(given: str, valid: list[str]) -> str:
     return f"did you mean '{close[0]}'? known: {known}" if close else f"known: {known}"
 
 
-def _schema_at(location: tuple[str | int, ...]) -> dict[str, Any]:
+def _schema_at(kind: type[Section], location: tuple[str | int, ...]) -> dict[str, Any]:
     """The JSON Schema of what stands at a location: keys, indices and the tags of unions."""
-    schema = RunSpec.model_json_schema()
+    schema = kind.model_json_schema()
     here: dict[str, Any] = schema
     for part in location:
         if isinstance(part, int):

@@ -12,12 +12,16 @@ from training.section import Count, DataFile, Flag, Name, Natural, NonNegative, 
 
 
 class _Promised(Section):
-    """What every suite has: a name, and thresholds of its own in place of the contract's."""
+    """What every suite has: a name, and thresholds of its own in place of the contract's.
+
+    `inherited_from` names the run whose target it was, where lineage brought it in; it is set by Tenure.
+    """
 
     name: Name
     limit: Count | None = None
     min_gain: NonNegative | None = None
     max_loss: NonNegative | None = None
+    inherited_from: Name | None = None
 
 
 class _Suite(_Promised):
@@ -266,10 +270,14 @@ Suite = Annotated[AnySuite, Field(discriminator="metric"), BeforeValidator(_name
 
 
 class Suites(Section):
-    """What is scored: target suites measure gain, retention suites measure forgetting."""
+    """What is scored: target suites measure gain, retention suites measure forgetting.
+
+    `inherit` adds the targets of the runs that the base model came from to the retention suites.
+    """
 
     target: Annotated[tuple[Suite, ...], Field(min_length=1)]
     retention: tuple[Suite, ...] = ()
+    inherit: Flag = True
 
     @model_validator(mode="after")
     def _names_and_thresholds(self) -> Suites:

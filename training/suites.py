@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
-from training.encoding import Encoded, prompt_ids, render_prompt, spaced, text_ids, wants_chat
+from training.chat import render_prompt
+from training.encoding import Encoded, encode, spaced, wants_chat
 from training.items import SuiteItem
+from training.rows import Conversation
 from training.suite_spec import Accuracy, Answering, FileSuite
+from training.tokens import continued_ids, prompt_ids, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,13 +29,17 @@ class RenderedItem:
 def render_item(suite: FileSuite, item: SuiteItem, tokenizer: PreTrainedTokenizerBase) -> RenderedItem:
     """The rendered item, by the chat template where the suite asks for it."""
     if is_chat(suite, tokenizer, item.where):
-        system = [{"role": "system", "content": item.system}] if item.system else []
-        turns = item.turns or (*system, {"role": "user", "content": item.prompt})
-        prompt = render_prompt(tokenizer, turns, item.where)
+        prompt = render_prompt(tokenizer, _conversation(item).messages[:-1], item.where)
         return RenderedItem(prompt, item.completion, item.choices, item.right)
     prompt = f"{item.system}\n{item.prompt}" if item.system else item.prompt
     choices = tuple(spaced(prompt, choice) for choice in item.choices)
     return RenderedItem(prompt, spaced(prompt, item.completion), choices, item.right)
+
+
+def _conversation(item: SuiteItem) -> Conversation:
+    system = ({"role": "system", "content": item.system},) if item.system else ()
+    asked = item.turns or (*system, {"role": "user", "content": item.prompt})
+    return Conversation((*asked, {"role": "assistant", "content": item.completion}), item.where)
 
 
 def is_chat(suite: FileSuite, tokenizer: PreTrainedTokenizerBase, where: str) -> bool:
@@ -47,10 +54,14 @@ def is_chat(suite: FileSuite, tokenizer: PreTrainedTokenizerBase, where: str) ->
 
 def encode_item(suite: FileSuite, item: SuiteItem, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Token ids of an item with loss on its right answer, cut on the left to max_length."""
+    answering = isinstance(suite, get_args(Answering))
+    if answering and not item.turns and is_chat(suite, tokenizer, item.where):
+        row = encode(tokenizer, _conversation(item), chat=True)
+        return Encoded(row.ids[-max_length:], row.is_target[-max_length:])
     rendered = render_item(suite, item, tokenizer)
     prompt = context_ids(suite, rendered.prompt, tokenizer)
-    answer = text_ids(tokenizer, rendered.target)
-    if isinstance(suite, get_args(Answering)) and tokenizer.eos_token_id is not None:
+    answer = continued_ids(tokenizer, rendered.target) if rendered.prompt else text_ids(tokenizer, rendered.target)
+    if answering and tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]
     ids = [*prompt, *answer]
     is_target = [False] * len(prompt) + [True] * len(answer)

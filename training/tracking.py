@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.errors import fail
 from training.judge import package_versions
+from training.lineage import run_of_model
 from training.models import hash_file, hash_folder
 from training.plan import Plan
 from training.quiet import be_quiet
@@ -34,8 +35,10 @@ def collect_lineage(spec: RunSpec, spec_hash: str) -> dict[str, Any]:
     if isinstance(spec.objective, Distill):
         models["teacher"] = spec.objective.teacher
     replay = spec.protection(Replay)
+    parent = run_of_model(Path(spec.model))
     return {
         "spec": spec_hash,
+        **({"parent": {"run": parent}} if parent else {}),
         **{name: {"path": path, "sha256": hash_folder(Path(path))} for name, path in models.items()},
         "train": {str(path): hash_file(path) for path in sources},
         **({"replay": {str(path): hash_file(path) for path in replay.files}} if replay else {}),

@@ -16,6 +16,7 @@ from training.errors import fail
 
 WORKSPACE_VARIABLE = "TENURE_WORKSPACE"
 MERGED_FOLDER = "merged"  # in an artifact: base and adapter as one model
+LINEAGE_FILE = "tenure.json"  # in an artifact: its run, and what that was tuned from
 
 
 @dataclass(frozen=True)

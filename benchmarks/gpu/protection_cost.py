@@ -20,6 +20,7 @@ import platform
 import socket
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,12 +85,20 @@ def main() -> None:
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available()
     start_process_group(gpu)
-    results = [measure(arguments, accumulation, gpu) for accumulation in arguments.accumulation]
+    results: dict[int, dict[str, Any]] = {}
+    for accumulation in arguments.accumulation:
+        for found in measure(arguments, accumulation, gpu):
+            results[accumulation] = found
+            write(arguments.out, list(results.values()), gpu)
+    dist.destroy_process_group()
+
+
+def write(path: Path, results: list[dict[str, Any]], gpu: bool) -> None:
+    """The JSON file, after every round: what was measured is not lost when the machine is taken away."""
     machine = {"torch": torch.__version__, "python": platform.python_version()}
     machine["device"] = torch.cuda.get_device_name() if gpu else "cpu"
     machine["kernels"] = "liger" if gpu and uses_liger() else "torch"
-    arguments.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
-    dist.destroy_process_group()
+    path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
 def uses_liger() -> bool:
@@ -121,29 +130,31 @@ def make_model(shape: str, gpu: bool) -> torch.nn.Module:
     return model
 
 
-def measure(arguments: argparse.Namespace, accumulation: int, gpu: bool) -> dict[str, Any]:
-    """Every protection's step against the plain step at one number of accumulated micro-batches."""
+def measure(arguments: argparse.Namespace, accumulation: int, gpu: bool) -> Iterator[dict[str, Any]]:
+    """Every protection's step against the plain step, with what was found so far after each round."""
     taken: dict[str, list[Taken]] = {name: [] for name in VARIANTS}
     for _ in range(arguments.rounds):
         for name, variant in VARIANTS.items():
             taken[name].append(run_steps(arguments, accumulation, variant, gpu))
             free(gpu)
-            left = torch.cuda.memory_allocated() / 2**30 if gpu else 0.0
             times = [round(1000 * s, 1) for s in taken[name][-1].seconds]
-            print(accumulation, name, times, f"{left:.1f} GiB not given back", flush=True)
-    plain = median(taken["none"])
+            print(accumulation, name, times, flush=True)
+        tokens = arguments.rows * arguments.length * accumulation
+        yield {"tokens_per_step": tokens, "accumulation": accumulation, **figures(taken)}
+
+
+def figures(taken: dict[str, list[Taken]]) -> dict[str, Any]:
+    plain, parameters = taken["none"], taken["none"][0].parameters
     found = {
         name: {
             "step_ms": round(1000 * median(rounds), 2),
-            "ratio": round(median(rounds) / median(taken["none"]), 4),
-            "bytes_per_parameter": round(rounds[0].held / rounds[0].parameters, 3),
-            "peak_bytes_per_parameter": round((rounds[0].peak - taken["none"][0].peak) / rounds[0].parameters, 3),
+            "ratio": round(median(rounds) / median(plain), 4),
+            "bytes_per_parameter": round(rounds[0].held / parameters, 3),
+            "peak_bytes_per_parameter": round((rounds[0].peak - plain[0].peak) / parameters, 3),
         }
         for name, rounds in taken.items()
     }
-    tokens = arguments.rows * arguments.length * accumulation
-    about = {"tokens_per_step": tokens, "accumulation": accumulation, "plain_tokens_per_s": round(tokens / plain)}
-    return {"parameters": taken["none"][0].parameters, **about, "protections": found}
+    return {"parameters": parameters, "rounds": len(plain), "protections": found}
 
 
 @dataclass(frozen=True)
@@ -168,8 +179,7 @@ def run_steps(arguments: argparse.Namespace, accumulation: int, variant: Variant
     optimizer = engines.build_optimizer(model, spec)
     engine = engines.start_engine(model, optimizer, spec, plan)
     before = torch.cuda.memory_allocated() if gpu else 0
-    if variant:
-        attach(Layout.of_engine(engine), optimizer, variant)
+    kept = attach(Layout.of_engine(engine), optimizer, variant) if variant else ()
     held = (torch.cuda.memory_allocated() if gpu else 0) - before
     vocabulary = SHAPES[arguments.shape]["vocab_size"]
     ids = torch.randint(vocabulary, (arguments.rows, arguments.length), device=engine.device)
@@ -177,6 +187,7 @@ def run_steps(arguments: argparse.Namespace, accumulation: int, variant: Variant
     timed(step, 4, gpu)
     seconds = timed(step, arguments.steps, gpu)
     peak = torch.cuda.max_memory_allocated() if gpu else 0
+    del kept
     engine.destroy()
     optimizer.state.clear()
     optimizer.param_groups.clear()
@@ -190,19 +201,19 @@ def make_step(engine: Any, ids: torch.Tensor, accumulation: int) -> None:
 
 
 def free(gpu: bool) -> None:
-    """Give back what the last engine held, which is a cycle of references."""
+    """Give back what the last engine held, which is a cycle of references, and its compiled step."""
+    torch._dynamo.reset()
     gc.collect()
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
-def attach(layout: Layout, optimizer: torch.optim.Optimizer, variant: Variant) -> None:
-    if variant.records:
-        PathIntegral(layout, optimizer)
+def attach(layout: Layout, optimizer: torch.optim.Optimizer, variant: Variant) -> tuple[Any, ...]:
+    path = PathIntegral(layout, optimizer) if variant.records else None
     dtype = variant.weights
     weights = [torch.rand_like(master, dtype=dtype) for master in layout.masters] if dtype else None
-    QuadraticPull(layout, optimizer, strength=1e-3, weights=weights, update=variant.update)
+    return path, QuadraticPull(layout, optimizer, strength=1e-3, weights=weights, update=variant.update)
 
 
 def timed(step: Any, count: int, gpu: bool) -> list[float]:

@@ -1,0 +1,32 @@
+"""Text to token ids: alone, as a prompt, or as what follows other text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of rendered text: nothing is added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a plain prompt: the tokenizer's own start tokens and the text, without the end that some add."""
+    bare = text_ids(tokenizer, _ANY_TEXT)
+    started = list(tokenizer(_ANY_TEXT)["input_ids"])
+    return started[: started.index(bare[0])] + text_ids(tokenizer, text)
+
+
+def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of text that stands after other text: without the space that SentencePiece puts before a first word."""
+    after_line = text_ids(tokenizer, "\n")
+    if text_ids(tokenizer, "\n" + _ANY_TEXT) == after_line + text_ids(tokenizer, _ANY_TEXT):
+        return text_ids(tokenizer, text)
+    ids = text_ids(tokenizer, "\n" + text)
+    return ids[len(after_line) :] if ids[: len(after_line)] == after_line else text_ids(tokenizer, text)
+
+
+_ANY_TEXT = "a"
