@@ -1,6 +1,7 @@
 """A model that knows one task is taught another: what plain tuning forgets, and what each protection keeps.
 
     python -m benchmarks.language_pair --out benchmarks/results/language-pair.json
+    python -m benchmarks.language_pair --pair mixed --out benchmarks/results/language-pair-mixed.json
 
 A byte-level Llama of two layers (82 thousand parameters) is first taught sums of digits from random weights, as
 "what is 3+4", and then differences, as "what is 7-4": full tuning, the same steps and learning rate for every
@@ -8,6 +9,9 @@ protection, each run by the spec, loop and protections that any run has, on the 
 order of the examples and of what is drawn. Scores are nats per target token and the share of tokens that are the
 likeliest, on all rows of both tasks, of the exported artifact. The first task is never trained on again, other than by
 replay, which is given it or has the base write its own rows.
+
+In the pair `mixed` a sixth of the new rows are sums, which the base finds easy, as new data often repeats some of what
+a model knows; the other sums are what is scored.
 """
 
 from __future__ import annotations
@@ -44,7 +48,12 @@ from tiny import make_tiny_model
 
 SUMS = [{"question": f"what is {a}+{b}", "answer": str(a + b)} for a in range(10) for b in range(10)]
 DIFFERENCES = [{"question": f"what is {a}-{b}", "answer": str(a - b)} for a in range(10) for b in range(10)]
-OLD = [{"path": "sums.jsonl", "prompt": "question", "completion": "answer"}]
+# The rows of the new task, and those of the old one that are scored.
+PAIRS = {
+    "differences": (DIFFERENCES, SUMS),
+    "mixed": (DIFFERENCES + SUMS[::5], [row for index, row in enumerate(SUMS) if index % 5]),
+}
+OLD = [{"path": "all-sums.jsonl", "prompt": "question", "completion": "answer"}]
 PROTECTIONS: dict[str, list[dict[str, Any]]] = {
     "none": [],
     "l2sp": [{"type": "l2sp", "strength": 100.0}],
@@ -68,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--protections", nargs="+", choices=PROTECTIONS, default=list(PROTECTIONS))
+    parser.add_argument("--pair", choices=PAIRS, default="differences")
     parser.add_argument("--first-steps", type=int, default=600)
     parser.add_argument("--second-steps", type=int, default=100)
     parser.add_argument("--out", type=Path, required=True)
@@ -77,7 +87,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_tiny_model(folder / "random")
-        for name, rows in (("sums", SUMS), ("differences", DIFFERENCES)):
+        new, kept = PAIRS[arguments.pair]
+        for name, rows in (("all-sums", SUMS), ("sums", kept), ("new", new), ("differences", DIFFERENCES)):
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         with ray_session(None, {"CPU": 1.0}, folder / "ray.log"), alone(folder):
@@ -85,7 +96,7 @@ def main() -> None:
                 results += one_seed(folder, seed, arguments)
     table = summarise(results, arguments.protections)
     about = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
-    settings = {"first_steps": arguments.first_steps, "second_steps": arguments.second_steps}
+    settings = {"pair": arguments.pair, "first_steps": arguments.first_steps, "second_steps": arguments.second_steps}
     written = {"machine": about, "settings": settings, "summary": table, "runs": results}
     arguments.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
@@ -105,14 +116,14 @@ def one_seed(folder: Path, seed: int, arguments: argparse.Namespace) -> list[dic
     """Every protection's scores on both tasks, and the base's, for one seed."""
     workspace = Workspace.at(folder / f"workspace-{seed}")
     recorded = [{"type": "si", "strength": 1.0, "record": True}]
-    base = train(folder, workspace, "sums", folder / "random", recorded, seed, arguments.first_steps, 3e-3)
+    base = train(folder, workspace, "all-sums", folder / "random", recorded, seed, arguments.first_steps, 3e-3)
     found = [{"protection": "base", "seed": seed, **score(base, workspace, folder)}]
     for name in arguments.protections:
         protections = [dict(protection) for protection in PROTECTIONS[name]]
         for protection in protections:
             if protection["type"] == "si":
                 protection["importance"] = str(base / "importance")
-        artifact = train(folder, workspace, "differences", base, protections, seed, arguments.second_steps, 1e-3)
+        artifact = train(folder, workspace, "new", base, protections, seed, arguments.second_steps, 1e-3)
         found.append({"protection": name, "seed": seed, **score(artifact, workspace, folder)})
         print(found[-1], flush=True)
     return found

@@ -187,7 +187,7 @@ def test_a_run_plans_without_the_rows_and_trains_with_them(
     spec = spec_of(tmp_path, tiny_model, workspace)
     plan, prepared = plan_run(spec, workspace)
     assert (plan.num_replay, plan.replay_per_batch, plan.replay_token_share) == (6, 2, None)
-    assert load_prepared(prepared).replay == ()
+    assert len(load_prepared(prepared).replay) == 0
     assert not (workspace.cache / "replay").exists(), "a check writes no rows"
     made: list[GenerateJob] = []
 
@@ -199,7 +199,7 @@ def test_a_run_plans_without_the_rows_and_trains_with_them(
     data = load_prepared(aids.ready_data(spec, workspace, Console(quiet=True)))
     assert len(data.replay) == 6
     assert max(len(row.ids) for row in data.replay) <= load_prepared(prepared).counts().longest
-    assert aids.ready_data(spec_of(tmp_path, tiny_model, workspace, 0.5), workspace, Console(quiet=True)).is_file()
+    assert aids.ready_data(spec_of(tmp_path, tiny_model, workspace, 0.5), workspace, Console(quiet=True)).is_dir()
     assert len(made) == 1, "the second run takes the rows that are there, and loads no model"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from training.prepare import load_prepared, prepare
 from training.rows import read_conversations
 from training.spec import RunSpec
 from training.specfile import load_spec
-from training.workspace import Workspace
+from training.store import META
+from training.workspace import Workspace, read_json, write_json
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_what_is_read_back_is_what_was_encoded(spec: RunSpec, workspace: Workspa
 
 def test_unchanged_data_is_encoded_once(spec: RunSpec, workspace: Workspace) -> None:
     path = prepare(spec, workspace)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_overlong": 7}))
+    write_json(path / META, read_json(path / META) | {"num_overlong": 7})
     assert prepare(spec, workspace) == path
     assert load_prepared(path).num_overlong == 7
 
@@ -90,7 +90,7 @@ def test_the_faults_of_every_file_are_told_at_once_and_nothing_is_kept(spec: Run
         f"{folder / 'sums.jsonl'} row 1",
         f"{folder / 'sentences.jsonl'} row 1",
     ]
-    assert not workspace.root.exists()
+    assert not any(workspace.cache.glob("tokens/*"))
 
 
 def test_a_run_whose_rows_were_all_dropped_is_refused(spec: RunSpec, workspace: Workspace) -> None:
@@ -116,3 +116,22 @@ def test_messages_for_a_model_without_a_chat_template_are_refused(
 def test_no_validation_is_possible(spec: RunSpec, workspace: Workspace) -> None:
     none = with_text(spec, "max_length: 64", "max_length: 64\n  validation_items: 0")
     assert load_prepared(prepare(none, workspace)).validation == {}
+
+
+def test_a_torn_cache_is_made_again_and_told(
+    spec: RunSpec, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = prepare(spec, workspace)
+    whole = list(load_prepared(path).train)
+    (path / "train.arrow").write_bytes((path / "train.arrow").read_bytes()[:-100])
+    with pytest.raises(TenureError, match=r"cannot be read: it is not whole: train\.arrow has another length"):
+        load_prepared(path)
+    assert prepare(spec, workspace) == path
+    assert list(load_prepared(path).train) == whole
+    assert "are made again: it is not whole: train.arrow" in capsys.readouterr().out
+
+
+def test_a_cache_of_another_version_is_made_again(spec: RunSpec, workspace: Workspace) -> None:
+    path = prepare(spec, workspace)
+    write_json(path / META, read_json(path / META) | {"version": 0, "num_overlong": 7})
+    assert load_prepared(prepare(spec, workspace)).num_overlong == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,13 @@ from training.batches import Schedule, micro_batches, share
 from training.encoding import Encoded
 from training.errors import TenureError
 from training.plan import describe_replay
-from training.prepare import Prepared, load_prepared, prepare
+from training.prepare import TOLD, Prepared, load_prepared, prepare
 from training.report_metrics import cost_rows, read_metrics
 from training.specfile import load_spec
+from training.store import META, RowWriter, write_meta
 from training.tuning import apply_tuning, load_base
 from training.worker import seed_everything
-from training.workspace import Workspace
+from training.workspace import Workspace, read_json
 
 FACTS = [{"q": f"recall {index}", "a": "x" * (1 + index % 9)} for index in range(11)]
 
@@ -117,7 +117,7 @@ def test_replay_rows_stand_behind_the_training_rows(tiny_model: Path, tmp_path: 
     plan, prepared = plan_run(read_spec(path, workspace), workspace)
     data = load_prepared(prepared)
     assert (len(data.train), len(data.replay)) == (48, 11)
-    assert data.examples == data.train + data.replay
+    assert list(data.examples) == [*data.train, *data.replay]
     assert [example.num_targets for example in data.replay] == [2 + index % 9 for index in range(11)]
     assert (plan.num_examples, plan.num_replay, plan.replay_per_batch) == (48, 11, 2)
     assert (plan.steps_per_epoch, plan.steps) == (8, 8)
@@ -336,8 +336,10 @@ def test_a_resumed_run_replays_what_an_uninterrupted_one_does(
 
 def test_a_plan_to_replay_without_rows_is_refused(one_process: None, tiny_model: Path, tmp_path: Path) -> None:
     job = start_job(tmp_path, tiny_model, protections=replay_of(tmp_path))
-    raw = json.loads(Path(job["prepared"]).read_text())
-    Path(job["prepared"]).write_text(json.dumps(raw | {"replay": []}))
+    prepared = Path(job["prepared"])
+    with RowWriter(prepared / "replay.arrow") as writer:
+        writer.write_rows([])
+    write_meta(prepared, {name: read_json(prepared / META)[name] for name in TOLD})
     with pytest.raises(TenureError, match="there are no rows to replay"):
         train_here(job)
 

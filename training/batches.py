@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 
 from training.encoding import Encoded
+from training.store import Numbers
 
 IGNORE = -100
 
@@ -71,7 +72,7 @@ def _order(count: int, name: str) -> tuple[int, ...]:
     return tuple(order)
 
 
-def micro_batches(indices: Sequence[int], lengths: Sequence[int], micro: int, count: int) -> list[list[int]]:
+def micro_batches(indices: Sequence[int], lengths: Sequence[int] | Numbers, micro: int, count: int) -> list[list[int]]:
     """A global batch as `count` micro-batches of at most `micro` examples of like length; spare ones are empty.
 
     Like lengths beside each other save padding; the loss is a sum over the global batch, so the cut is free.

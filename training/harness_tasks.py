@@ -46,8 +46,9 @@ def load_task(suite: Harness) -> Any:
 def _loaded(suite: Harness) -> dict[str, Any]:
     from datasets.exceptions import DatasetsError
 
-    manager = _manager()
-    if not suite.harness.endswith((".yaml", ".yml")) and suite.harness not in manager.task_index:
+    from_file = suite.harness.endswith((".yaml", ".yml"))
+    manager = _manager(with_names=not from_file)
+    if not from_file and suite.harness not in manager.task_index:
         close = difflib.get_close_matches(suite.harness, manager.all_tasks, n=3, cutoff=0.6)
         instead = f"did you mean {', '.join(close)}?" if close else "give a task's name, or the path of its YAML file"
         raise fail(f"lm-evaluation-harness has no task '{suite.harness}'", suite.name, instead)
@@ -64,11 +65,12 @@ def _unloadable(suite: Harness, error: Exception) -> TenureError:
     return fail(what, suite.name, instead)
 
 
-@lru_cache(maxsize=1)
-def _manager() -> Any:
+@lru_cache(maxsize=2)
+def _manager(*, with_names: bool) -> Any:
+    """The harness's index of tasks; a task's file needs none of the thousands that it takes seconds to look through."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    return TaskManager(include_defaults=with_names)
 
 
 def score_of(suite: Harness, task: Any) -> str:

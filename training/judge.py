@@ -76,7 +76,7 @@ def score_suite(
     after = np.array([answer.score for answer in tuned])
     gains = after - before if unit == "share" else before - after
     change = float(np.average(gains, weights=weights))
-    threshold = _threshold(suite, role, contract)
+    threshold = threshold_of(suite, role, contract)
     least = threshold if role == "target" else -threshold
     interval, method = paired_interval(gains, weights)
     state: State = "undecided" if _says_nothing(method, contract) else state_of(change, interval, least, contract)
@@ -165,7 +165,8 @@ def _mean_words(answers: list[Answered]) -> float:
     return float(np.mean([len(answer.answer.split()) for answer in answers]))
 
 
-def _threshold(suite: AnySuite, role: str, contract: Contract) -> float:
+def threshold_of(suite: AnySuite, role: str, contract: Contract) -> float:
+    """The gain asked for or the loss allowed: the suite's own, or the contract's."""
     own = suite.min_gain if role == "target" else suite.max_loss
     return own if own is not None else (contract.min_gain if role == "target" else contract.max_loss)
 

@@ -17,6 +17,7 @@ from training.encoding import Encoded
 from training.models import read_model_info
 from training.signals import Signals
 from training.spec import RunSpec
+from training.store import targets_of
 from training.strategy import Distill, Dpo, Kl, moves_base
 from training.targets import Batch, TargetLogits, Targets
 from training.tuning import load_base
@@ -165,6 +166,7 @@ class TokenObjective:
     ) -> None:
         self.head = head
         self._rows, self._weights = weighed.data.sequences, weighed.weights
+        self._num_targets = targets_of(self._rows)
         self._pad_id = pad_id
         self._cross_entropy = cross_entropy
         self._terms = tuple(terms)
@@ -172,7 +174,7 @@ class TokenObjective:
 
     def totals(self, indices: Sequence[int]) -> Totals:
         """Target tokens, and the sum of their weights."""
-        counts = [self._rows[index].num_targets for index in indices]
+        counts = [int(self._num_targets[index]) for index in indices]
         weights = [count * self._weight(index) for count, index in zip(counts, indices, strict=True)]
         return Totals(sum(counts), sum(weights))
 

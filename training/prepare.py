@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,16 +27,30 @@ from training.plan import DataCounts
 from training.rows import read_conversations, read_passages, read_preferences
 from training.section import Source
 from training.spec import RunSpec
+from training.store import (
+    META,
+    JoinedRows,
+    Numbers,
+    RowWriter,
+    StoredRows,
+    lengths_of,
+    publishing,
+    targets_of,
+    why_unusable,
+    write_meta,
+)
 from training.strategy import Generate, Replay
 from training.suite_spec import has_answer
 from training.suites import encode_item
-from training.workspace import Workspace, read_json, write_json
+from training.workspace import Workspace, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raised when the same files and settings come to give other token ids.
 _ENCODING_VERSION = 5
+# What a folder tells beside its rows: the files of validation items by suite, and two counts.
+TOLD = ("validation", "num_overlong", "longest_to_come")
 
 
 @dataclass(frozen=True)
@@ -45,78 +59,103 @@ class Prepared:
 
     Of preference data `train` holds the chosen answers, and `rejected` the others in the same order; else that is
     empty. `longest_to_come` bounds the tokens of the replay rows that the base writes (0 when it writes none).
+    Rows are read from disk as they are asked for; their lengths and numbers of targets need no look at the tokens.
     """
 
-    train: tuple[Encoded, ...]
-    validation: dict[str, tuple[Encoded, ...]]
+    train: Sequence[Encoded]
+    validation: dict[str, Sequence[Encoded]]
     num_overlong: int
-    rejected: tuple[Encoded, ...] = ()
-    replay: tuple[Encoded, ...] = ()
+    rejected: Sequence[Encoded] = ()
+    replay: Sequence[Encoded] = ()
     longest_to_come: int = 0
 
     @cached_property
-    def examples(self) -> tuple[Encoded, ...]:
+    def examples(self) -> Sequence[Encoded]:
         """All that batches are made of: the training examples, then the rows to replay."""
-        return self.train + self.replay
+        return JoinedRows(self.train, self.replay)
 
     @cached_property
-    def sequences(self) -> tuple[Encoded, ...]:
+    def sequences(self) -> Sequence[Encoded]:
         """Every row that a model reads in training: an example's index is its place here. Pairs are never replayed."""
-        return self.train + self.rejected + self.replay
+        return JoinedRows(self.train, self.rejected, self.replay)
 
     @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of every one of `examples`, of both answers for a pair."""
-        return tuple(sum(len(row.ids) for row in self.rows_of(index)) for index in range(len(self.examples)))
+    def lengths(self) -> Numbers:
+        """Tokens (examples,) of every one of `examples`, of both answers for a pair."""
+        return self._of_examples(lengths_of)
 
-    def rows_of(self, index: int) -> tuple[Encoded, ...]:
-        """The rows of an example: one, or the chosen and the rejected."""
-        return (self.train[index], self.rejected[index]) if self.rejected else (self.examples[index],)
+    @cached_property
+    def target_counts(self) -> Numbers:
+        """Target tokens (examples,) of every one of `examples`, of both answers for a pair."""
+        return self._of_examples(targets_of)
+
+    def _of_examples(self, count: Callable[[Sequence[Encoded]], Numbers]) -> Numbers:
+        return count(self.train) + count(self.rejected) if len(self.rejected) else count(self.examples)
 
     def num_targets(self, index: int) -> int:
         """Target tokens of an example, of both answers for a pair."""
-        return sum(row.num_targets for row in self.rows_of(index))
+        return int(self.target_counts[index])
 
     def counts(self) -> DataCounts:
         """How many examples and tokens there are, and how long the longest row is."""
         return DataCounts(
             num_examples=len(self.train),
-            num_tokens=sum(self.lengths[: len(self.train)]),
-            num_target_tokens=sum(self.num_targets(index) for index in range(len(self.train))),
-            longest=max(self.longest_to_come, *(len(row.ids) for row in self.sequences)),
+            num_tokens=int(self.lengths[: len(self.train)].sum(dtype="int64")),
+            num_target_tokens=int(self.target_counts[: len(self.train)].sum(dtype="int64")),
+            longest=max(self.longest_to_come, int(lengths_of(self.sequences).max())),
             num_overlong=self.num_overlong,
             num_replay=len(self.replay),
-            num_replay_target_tokens=sum(example.num_targets for example in self.replay),
+            num_replay_target_tokens=int(targets_of(self.replay).sum(dtype="int64")),
         )
 
 
 def prepare(spec: RunSpec, workspace: Workspace, written: Path | None = None) -> Path:
-    """The cached file with everything encoded; made when it is not there.
+    """The cached folder with everything encoded; made when it is not there, or is not whole.
 
     Args:
         written: the rows that the base wrote to be replayed, where the spec asks for such and they are there.
 
     Raises:
-        TenureError: with the faults of every file at once.
+        TenureError: with the faults of every file at once, or the disk is full.
     """
-    key = _content_key(spec, written)
-    path = workspace.cache / "tokens" / f"{key}.json"
-    if not path.is_file():
-        write_json(path, _to_json(_encode(spec, written)))
-    return path
+    target = workspace.cache / "tokens" / _content_key(spec, written)
+    reason = why_unusable(target) if target.exists() else "new"
+    if reason:
+        if reason != "new":
+            print(f"the encoded data in {target} are made again: {reason}", flush=True)
+        with publishing(target) as folder:
+            _write(folder, _encode(spec, written))
+    return target
 
 
 def load_prepared(path: Path) -> Prepared:
-    """What prepare() wrote."""
-    raw = read_json(path)
+    """What prepare() wrote.
+
+    Raises:
+        TenureError: it is not there, or not whole.
+    """
+    reason = why_unusable(path)
+    if reason:
+        raise fail(f"the encoded data cannot be read: {reason}", str(path), "run tenure check, which makes them again")
+    told = read_json(path / META)
     return Prepared(
-        train=tuple(_from_json(example) for example in raw["train"]),
-        validation={name: tuple(_from_json(item) for item in items) for name, items in raw["validation"].items()},
-        num_overlong=raw["num_overlong"],
-        rejected=tuple(_from_json(example) for example in raw["rejected"]),
-        replay=tuple(_from_json(example) for example in raw["replay"]),
-        longest_to_come=raw["longest_to_come"],
+        train=StoredRows(path / "train.arrow"),
+        validation={name: StoredRows(path / file) for name, file in told["validation"].items()},
+        num_overlong=told["num_overlong"],
+        rejected=StoredRows(path / "rejected.arrow"),
+        replay=StoredRows(path / "replay.arrow"),
+        longest_to_come=told["longest_to_come"],
     )
+
+
+def _write(folder: Path, prepared: Prepared) -> None:
+    validation = {name: f"validation-{number}.arrow" for number, name in enumerate(prepared.validation)}
+    files = {"train.arrow": prepared.train, "rejected.arrow": prepared.rejected, "replay.arrow": prepared.replay}
+    for file, rows in (files | {validation[name]: rows for name, rows in prepared.validation.items()}).items():
+        with RowWriter(folder / file) as writer:
+            writer.write_rows(rows)
+    told = (validation, prepared.num_overlong, prepared.longest_to_come)
+    write_meta(folder, dict(zip(TOLD, told, strict=True)))
 
 
 def _encode(spec: RunSpec, written: Path | None) -> Prepared:
@@ -128,7 +167,7 @@ def _encode(spec: RunSpec, written: Path | None) -> Prepared:
     if to_write:
         with _gathered(problems):
             longest_to_come = longest_row(to_write, tokenizer, spec.training.max_length, spec.data.overlong)
-    validation: dict[str, tuple[Encoded, ...]] = {}
+    validation: dict[str, Sequence[Encoded]] = {}
     for suite in spec.suites.all:
         with _gathered(problems):
             items = read_items(suite)[: spec.training.validation_items if has_answer(suite) else 0]
@@ -238,21 +277,3 @@ def _content_key(spec: RunSpec, written: Path | None) -> str:
         "validation_items": spec.training.validation_items,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _to_json(prepared: Prepared) -> dict[str, object]:
-    def pack(example: Encoded) -> list[list[int]]:
-        return [list(example.ids), [int(wanted) for wanted in example.is_target]]
-
-    return {
-        "train": [pack(example) for example in prepared.train],
-        "rejected": [pack(example) for example in prepared.rejected],
-        "validation": {name: [pack(item) for item in items] for name, items in prepared.validation.items()},
-        "num_overlong": prepared.num_overlong,
-        "replay": [pack(example) for example in prepared.replay],
-        "longest_to_come": prepared.longest_to_come,
-    }
-
-
-def _from_json(raw: list[list[int]]) -> Encoded:
-    return Encoded(tuple(raw[0]), tuple(bool(wanted) for wanted in raw[1]))

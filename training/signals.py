@@ -22,6 +22,7 @@ from training.encoding import Encoded
 from training.models import hash_folder, read_model_info
 from training.prepare import load_prepared
 from training.spec import RunSpec
+from training.store import lengths_of, targets_of
 from training.strategy import Distill, Dpo, Flow, Kl, Stm, moves_base
 from training.workspace import Workspace
 
@@ -124,7 +125,7 @@ def compute_signals(job: SignalJob) -> float:
 
 
 def _write(part: Path, ask: Ask, rows: Sequence[Encoded]) -> None:
-    offsets = np.concatenate([[0], np.cumsum([row.num_targets for row in rows])]).astype("<i8")
+    offsets = np.concatenate([[0], np.cumsum(targets_of(rows), dtype=np.int64)]).astype("<i8")
     total = int(offsets[-1])
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {"offsets": ("I64", offsets.shape), "log_probs": ("F32", (total,))}
     if ask.top_k:
@@ -215,8 +216,9 @@ def _answer(ask: Ask, logits: torch.Tensor, ids: torch.Tensor) -> dict[str, torc
 def _groups(rows: Sequence[Encoded], num_tokens: int) -> Iterator[list[int]]:
     """Indices by length, in groups whose padded size stays below num_tokens (or of one row)."""
     group: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda index: len(rows[index].ids)):
-        if group and (len(group) + 1) * len(rows[index].ids) > num_tokens:
+    lengths = lengths_of(rows)
+    for index in np.argsort(lengths, kind="stable").tolist():
+        if group and (len(group) + 1) * int(lengths[index]) > num_tokens:
             yield group
             group = []
         group.append(index)

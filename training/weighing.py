@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from training.encoding import Encoded
 from training.errors import fail
 from training.prepare import Prepared
 from training.signals import Signals
 from training.spec import RunSpec
+from training.store import MaskedRows, targets_of
 from training.strategy import Flow, Stm
 
 
@@ -73,7 +73,7 @@ def stm_kept(data: Prepared, signals: Signals, stm: Stm) -> torch.Tensor:
         TenureError: no training row has a target left.
     """
     kept = signals.log_probs >= -math.log(stm.threshold)
-    num_train_targets = sum(row.num_targets for row in data.train)
+    num_train_targets = int(targets_of(data.train).sum())
     kept[num_train_targets:] = True
     if not kept[:num_train_targets].any():
         surest = math.exp(-float(signals.log_probs[:num_train_targets].max()))
@@ -84,22 +84,14 @@ def stm_kept(data: Prepared, signals: Signals, stm: Stm) -> torch.Tensor:
 
 def masked(data: Prepared, kept: torch.Tensor) -> Prepared:
     """The data with those targets alone that are kept (targets of all sequences,)."""
-    flags = iter(kept.tolist())
-
-    def mask(row: Encoded) -> Encoded:
-        # The first token is no target, so it has no flag.
-        is_target = [wanted and next(flags) for wanted in row.is_target[1:]]
-        return Encoded(row.ids, (False, *is_target))
-
-    train = tuple(mask(row) for row in data.train)
-    return replace(data, train=train)
+    return replace(data, train=MaskedRows(data.train, kept[: int(targets_of(data.train).sum())].numpy()))
 
 
 def describe(before: Prepared, weighed: Weighed) -> str:
     """What was masked, in words; empty when nothing was."""
     if weighed.kept is None:
         return ""
-    targets = [sum(row.num_targets for row in data.train) for data in (before, weighed.data)]
-    empty = sum(row.num_targets == 0 for row in weighed.data.train)
+    targets = [int(targets_of(data.train).sum()) for data in (before, weighed.data)]
+    empty = int((targets_of(weighed.data.train) == 0).sum())
     text = f"stm masks {targets[0] - targets[1]:,} of {targets[0]:,} target tokens"
     return text + (f"; {empty:,} of {len(before.train):,} rows have none left" if empty else "")

@@ -30,6 +30,7 @@ from training.objectives import Objective, make_objective
 from training.plan import Plan
 from training.prepare import Prepared, load_prepared
 from training.spec import RunSpec
+from training.store import lengths_of, targets_of
 from training.strategy import Si, Wise, is_adapter
 from training.weighing import weigh
 from training.workspace import RunFolder
@@ -224,7 +225,7 @@ class Trainer:
                 "learning_rate": rate,
                 "grad_norm": engines.grad_norm(self.engine),
                 "num_target_tokens": num_targets,
-                "num_tokens": sum(self.data.lengths[index] for index in indices),
+                "num_tokens": int(self.data.lengths[indices].sum()),
                 "num_rows": len(indices),
                 **self._count_replayed(indices),
                 "seconds": seconds,
@@ -256,12 +257,12 @@ class Trainer:
         for name, items in self.data.validation.items():
             size, workers = self.plan.micro_batch_size, self.plan.workers
             rounds = -(-len(items) // (size * workers))
-            batches = micro_batches(range(len(items)), [len(i.ids) for i in items], size, rounds * workers)
+            batches = micro_batches(range(len(items)), lengths_of(items), size, rounds * workers)
             total = torch.zeros((), device=self.engine.device)
             for batch in share(batches, dist.get_rank(), workers):
                 total += self._loss_sum([items[index] for index in batch])
             dist.all_reduce(total)
-            loss = total.item() / sum(item.num_targets for item in items)
+            loss = total.item() / int(targets_of(items).sum())
             self._log({"kind": "validation", "step": self.step, "suite": name, "loss": loss})
 
     def _save(self) -> None:
