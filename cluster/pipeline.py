@@ -23,6 +23,7 @@ from training.lineage import find_base, inherit_suites
 from training.models import hash_folder, read_model_info
 from training.plan import GIB, Plan, describe_replay, make_plan
 from training.prepare import load_prepared, prepare
+from training.presets import add_presets
 from training.scorecard import Scorecard, read_scorecard
 from training.spec import Export, RunSpec, Scaling
 from training.specfile import load_spec
@@ -35,8 +36,9 @@ _SPARE_DISK_BYTES = 256 * 2**20
 
 
 def read_spec(path: Path, workspace: Workspace) -> RunSpec:
-    """The spec of a file with its model found, its data files seen, and what its base's lineage asks to be retained."""
-    return inherit_suites(load_spec(path, find_model=lambda name: find_base(name, workspace)), workspace)
+    """The spec of a file: model found, data files seen, with the suites of its presets and of its base's lineage."""
+    spec = load_spec(path, find_model=lambda name: find_base(name, workspace))
+    return inherit_suites(add_presets(spec, workspace), workspace)
 
 
 def plan_run(spec: RunSpec, workspace: Workspace) -> tuple[Plan, Path]:

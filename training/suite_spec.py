@@ -272,12 +272,14 @@ Suite = Annotated[AnySuite, Field(discriminator="metric"), BeforeValidator(_name
 class Suites(Section):
     """What is scored: target suites measure gain, retention suites measure forgetting.
 
-    `inherit` adds the targets of the runs that the base model came from to the retention suites.
+    `inherit` adds the targets of the runs that the base model came from to the retention suites, `presets` ready-made
+    ones: `knowledge` measures forgetting without data of the user's own.
     """
 
     target: Annotated[tuple[Suite, ...], Field(min_length=1)]
     retention: tuple[Suite, ...] = ()
     inherit: Flag = True
+    presets: tuple[Literal["knowledge"], ...] = ()
 
     @model_validator(mode="after")
     def _names_and_thresholds(self) -> Suites:
