@@ -49,6 +49,18 @@ def check(context: click.Context, spec: Path) -> None:
 
 @cli.command()
 @SPEC
+@click.option("--html", "page", type=click.Path(path_type=Path), help="The page. Default: WORKSPACE/data/NAME.html.")
+@click.option("--json", "figures", type=click.Path(path_type=Path), help="Default: WORKSPACE/data/NAME.json.")
+@click.pass_context
+def data(context: click.Context, spec: Path, page: Path | None, figures: Path | None) -> None:
+    """Show what is in the data of SPEC: lengths, duplicates, leaks, labels, languages, odd rows, secrets."""
+    from cluster.inspecting import show_data
+
+    show_data(spec, context.obj, page, figures)
+
+
+@cli.command()
+@SPEC
 @click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
 @click.pass_context
 def train(context: click.Context, spec: Path, address: str | None) -> None:

@@ -72,7 +72,7 @@ def render_html(run: RunFolder, scorecard: Scorecard) -> str:
     metrics = read_metrics(run.metrics)
     wise = read_curve(run.wise_curve)
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             run_id=run.id,
@@ -93,7 +93,8 @@ def render_html(run: RunFolder, scorecard: Scorecard) -> str:
     )
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates of reports, which escape all that is filled in."""
     # Items hold whatever users and models wrote: everything is escaped but the charts.
     folder = Path(__file__).parent / "templates"
     loader = FileSystemLoader(folder)

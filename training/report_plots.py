@@ -100,6 +100,48 @@ def draw_curves(name: str, lines: Sequence[Line], title: str, across: str = "ste
         return _to_svg(figure, name, title)
 
 
+def draw_histogram(name: str, edges: Sequence[float], counts: Sequence[int], title: str, limit: float) -> str:
+    """Counts of rows between edges of lengths in tokens, with a line at `limit` where it is among them.
+
+    Args:
+        name: prefix of the ids in the SVG, unlike that of any other chart on the page.
+        title: what a screen reader says.
+    """
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    with _figure(2.3) as figure:
+        axes = figure.add_axes((0.14, 0.24, 0.82, 0.68))
+        axes.stairs(counts, edges, fill=True, color=_light("accent"), edgecolor=_light("accent"))
+        if edges[0] > 0 and edges[-1] - edges[-2] > 2 * (edges[1] - edges[0]):
+            axes.set_xscale("log")
+        if limit <= edges[-1]:
+            _mark_limit(axes, limit)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        axes.set_xlabel("tokens a row", color=_light("muted"))
+        axes.grid(axis="y", color=_light("rule"), linewidth=0.8)
+        axes.set_axisbelow(True)
+        _style_axes(axes)
+        return _to_svg(figure, name, title)
+
+
+def _mark_limit(axes: Axes, limit: float) -> None:
+    """A line at the longest row allowed, its name on the side with more room."""
+    axes.axvline(limit, color=_light("warn"), linewidth=1.6, linestyle="--")
+    across, _ = axes.transLimits.transform(axes.transScale.transform((limit, 1)))
+    side = 1 if across < 0.6 else -1
+    axes.annotate(
+        "max_length",
+        (limit, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(5 * side, -4),
+        textcoords="offset points",
+        ha="left" if side > 0 else "right",
+        va="top",
+        color=_light("warn"),
+    )
+
+
 def points_per_mean(points: Sequence[tuple[float, float]]) -> int:
     """How many steps one drawn point is the mean of; long curves are thinned, so that the page stays small."""
     return -(-len(points) // _MAX_POINTS) if points else 1

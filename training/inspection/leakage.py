@@ -25,7 +25,7 @@ from training.workspace import Workspace, read_json, write_json
 
 MAX_SHOWN = 5
 # Raised when the same files come to give another answer.
-_VERSION = 1
+_VERSION = 2
 
 Role = Literal["target", "retention"]
 Rows = Literal["train", "replay"]
@@ -36,7 +36,7 @@ class _Record(BaseModel):
 
 
 class Leak(_Record):
-    """An item of a suite that stands in a row: the share of its 8-grams there, and whether its answer is too."""
+    """An item of a suite that stands in a row: the share of its 8-grams there, and whether its answer is learned."""
 
     item: str
     row: str

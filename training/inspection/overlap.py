@@ -39,7 +39,10 @@ class Found:
 
 @dataclass
 class _Item:
-    """An item's 8-grams as numbers of the index, in order; those from `answer_start` on lie in the answer alone."""
+    """An item's 8-grams as numbers of the index, in order; those from `answer_start` on lie in the answer alone.
+
+    `rows` and `learned` hold, by row, which of them stand in it, and which in what is learned of it.
+    """
 
     sample: Sample
     suite: str
@@ -47,6 +50,7 @@ class _Item:
     answer_start: int
     answer: str
     rows: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    learned: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     rows_with_answer: set[int] = field(default_factory=set)
 
     @property
@@ -121,7 +125,8 @@ class SuiteIndex:
         if not hits:
             return
         prompt = hash_text(normalise(row.prompt or row.text))
-        learned = f" {' '.join(split_words(f'{row.answer} {row.rejected}'))} "
+        words = split_words(f"{row.answer}\n{row.rejected}")
+        learned_text, learned = f" {' '.join(words)} ", set(self._hits(hash_grams(words, GRAM)))
         for gram in hits:
             self._prompts_of[gram].add(prompt)
             self._num_rows_of[gram] += 1
@@ -130,7 +135,9 @@ class SuiteIndex:
             for number in self._owners[self._starts[gram] : self._starts[gram + 1]]:
                 item = self._items[number]
                 item.rows[self._num_rows].add(gram)
-                if not item.has_long_answer and f" {item.answer} " in learned:
+                if gram in learned:
+                    item.learned[self._num_rows].add(gram)
+                if not item.has_long_answer and f" {item.answer} " in learned_text:
                     item.rows_with_answer.add(self._num_rows)
         self._places[self._num_rows] = row.where
 
@@ -157,17 +164,20 @@ class SuiteIndex:
         return best if best.share >= FOUND_SHARE else max(matches, key=_share, default=best)
 
     def _judge_text(self, item: _Item, telling: NDArray[np.bool_]) -> Found | None:
-        """Plain text, of which all rows together may hold the pieces."""
-        union = set().union(*item.rows.values())
-        row = max(item.rows, key=lambda row: len(item.rows[row]))
-        return Found(item.sample, self._places[row], _share_of(item.grams, union, telling), True)
+        """Plain text, of which all rows together may hold the pieces; given away where it is learned, not only read."""
+        for rows, with_answer in ((item.learned, True), (item.rows, False)):
+            share = _share_of(item.grams, set().union(*rows.values()), telling)
+            if share >= FOUND_SHARE:
+                row = max(rows, key=lambda row: len(rows[row]))
+                return Found(item.sample, self._places[row], share, with_answer)
+        return None
 
     def _match(self, item: _Item, row: int, grams: set[int], telling: NDArray[np.bool_]) -> Found:
         with_answer = row in item.rows_with_answer
         if item.has_long_answer:
             answer = np.arange(len(item.grams)) >= item.answer_start
             of_answer = answer & telling if (answer & telling).any() else answer
-            with_answer = _share_of(item.grams, grams, of_answer) >= FOUND_SHARE
+            with_answer = _share_of(item.grams, item.learned.get(row, set()), of_answer) >= FOUND_SHARE
         return Found(item.sample, self._places[row], _share_of(item.grams, grams, telling), with_answer)
 
     def _telling(self, item: _Item) -> NDArray[np.bool_]:

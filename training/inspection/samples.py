@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from training.items import SuiteItem, read_items
-from training.rows import Conversation, Preference, read_conversations, read_passages, read_preferences
+from training.rows import Conversation, Example, Passage, Preference, examples
 from training.section import Source
 from training.suite_spec import FileSuite
 
@@ -33,17 +33,19 @@ class Sample:
 
 
 def read_samples(source: Source) -> Iterator[Sample]:
-    """Every row of a source.
+    """Every row of a source, as it is asked for.
 
     Raises:
         TenureError: every row's fault at once.
     """
-    if source.form == "text":
-        yield from (Sample(passage.where, "", passage.text) for passage in read_passages(source))
-    elif source.form == "preference":
-        yield from map(_of_preference, read_preferences(source))
-    else:
-        yield from map(_of_conversation, read_conversations(source))
+    return map(sample_of, examples(source))
+
+
+def sample_of(example: Example) -> Sample:
+    """A training example as a sample."""
+    if isinstance(example, Passage):
+        return Sample(example.where, "", example.text)
+    return _of_preference(example) if isinstance(example, Preference) else _of_conversation(example)
 
 
 def read_suite(suite: FileSuite) -> Iterator[Sample]:
@@ -52,7 +54,7 @@ def read_suite(suite: FileSuite) -> Iterator[Sample]:
     Raises:
         TenureError: every row's fault at once.
     """
-    return map(_of_item, read_items(suite))
+    return map(sample_of_item, read_items(suite))
 
 
 def _of_conversation(conversation: Conversation) -> Sample:
@@ -65,7 +67,7 @@ def _of_conversation(conversation: Conversation) -> Sample:
 
 
 def _said_by(conversation: Conversation, *roles: str) -> str:
-    return "\n".join(turn["content"] for turn in conversation.messages if turn["role"] in roles)
+    return "\n".join(turn.get("content") or "" for turn in conversation.messages if turn["role"] in roles)
 
 
 def _of_preference(pair: Preference) -> Sample:
@@ -74,5 +76,6 @@ def _of_preference(pair: Preference) -> Sample:
     return Sample(chosen.where, chosen.prompt, chosen.answer, chosen.system, rejected)
 
 
-def _of_item(item: SuiteItem) -> Sample:
+def sample_of_item(item: SuiteItem) -> Sample:
+    """A suite's item as a sample; its answer is the one that is right."""
     return Sample(item.where, item.prompt, item.completion, item.system)

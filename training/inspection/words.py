@@ -31,19 +31,25 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(normalise(text))
 
 
-def hash_grams(words: Sequence[str], size: int) -> Hashes:
-    """(len(words) - size + 1,) numbers, one for each run of `size` words; none where there are fewer words.
+def hash_words(words: Sequence[str]) -> Hashes:
+    """(len(words),) numbers, the same in every process."""
+    return np.fromiter(map(_hash_word, words), np.uint64, len(words))
 
-    The same in every process: a polynomial, modulo 2^64, in 64-bit hashes of the words.
-    """
-    count = len(words) - size + 1
+
+def join_grams(hashed: Hashes, size: int) -> Hashes:
+    """(len(hashed) - size + 1,) numbers, one for each run of `size` words: a polynomial in their hashes modulo 2^64."""
+    count = len(hashed) - size + 1
     if count < 1:
         return np.empty(0, np.uint64)
-    hashed = np.fromiter(map(_hash_word, words), np.uint64, len(words))
     grams = np.zeros(count, np.uint64)
     for offset in range(size):
         grams = grams * _FACTOR + hashed[offset : offset + count]
     return grams
+
+
+def hash_grams(words: Sequence[str], size: int) -> Hashes:
+    """One number for each run of `size` words; none where there are fewer words."""
+    return join_grams(hash_words(words), size)
 
 
 @lru_cache(maxsize=2**18)
