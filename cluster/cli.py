@@ -14,6 +14,8 @@ from training.quiet import be_quiet
 from training.workspace import WORKSPACE_VARIABLE, RunFolder, Workspace
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from training.errors import TenureError
 
 BROKEN_CONTRACT = 3
@@ -148,17 +150,25 @@ def report(context: click.Context, run: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON, with all items lost and won.")
 @click.pass_context
-def compare(context: click.Context, a: str, b: str) -> None:
-    """Set runs A and B side by side, suite by suite."""
+def compare(context: click.Context, runs: tuple[str, ...], as_json: bool) -> None:
+    """Set RUNS side by side, suite by suite; each against the first, item by item."""
     from cluster.screen import make_screen
-    from training.report import print_comparison
+    from training.comparison import compare_runs
+    from training.report import print_comparison, print_pair
     from training.scorecard import read_scorecard
 
-    cards = [read_scorecard(context.obj.run(run).scorecard) for run in (a, b)]
-    print_comparison(make_screen(), *cards)
+    cards = [read_scorecard(context.obj.run(run).scorecard) for run in runs]
+    comparison = compare_runs(cards)
+    if as_json:
+        click.echo(comparison.model_dump_json(indent=1))
+        return
+    console = make_screen()
+    for card, pair in zip(cards[1:], comparison.pairs, strict=True):
+        print_comparison(console, cards[0], card)
+        print_pair(console, pair)
 
 
 @cli.group()
@@ -242,11 +252,15 @@ def fetch(context: click.Context) -> None:
 
 
 @cli.command()
-def schema() -> None:
-    """Print the JSON Schema of a spec, for editors."""
+@click.argument("of", type=click.Choice(["spec", "scorecard", "comparison"]), default="spec")
+def schema(of: str) -> None:
+    """Print the JSON Schema of a spec, for editors; or of a scorecard, or of what compare --json prints."""
+    from training.comparison import Comparison
+    from training.scorecard import Scorecard
     from training.spec import RunSpec
 
-    click.echo(json.dumps(RunSpec.model_json_schema(), indent=1))
+    models: dict[str, type[BaseModel]] = {"spec": RunSpec, "scorecard": Scorecard, "comparison": Comparison}
+    click.echo(json.dumps(models[of].model_json_schema(), indent=1))
 
 
 def main() -> None:

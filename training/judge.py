@@ -34,7 +34,6 @@ def build_scorecard(
     base: tuple[dict[str, list[Answered]], tuple[Probe, ...]],
     tuned: tuple[dict[str, list[Answered]], tuple[Probe, ...]],
     seconds: float,
-    kl_to_base: dict[str, float] | None = None,
 ) -> Scorecard:
     """The scorecard of a run from the answers of its base and of its artifact."""
     roles: list[tuple[AnySuite, Literal["target", "retention"]]]
@@ -56,7 +55,7 @@ def build_scorecard(
         probes={"base": base[1], "tuned": tuned[1]},
         versions=package_versions(),
         seconds=seconds,
-        forgetting=summarise_forgetting(suites, kl_to_base),
+        forgetting=summarise_forgetting(suites),
     )
 
 

@@ -17,7 +17,7 @@ RESAMPLES = 2_000
 OverAll = Literal["min_retention", "max_mean_loss"]
 
 
-def summarise_forgetting(suites: Sequence[SuiteScore], kl_to_base: dict[str, float] | None = None) -> Forgetting:
+def summarise_forgetting(suites: Sequence[SuiteScore]) -> Forgetting:
     """The figures over all retention suites. A suite at chance is left out of retention, and named."""
     shares = [suite for suite in suites if suite.role == "retention" and suite.unit == "share"]
     kept, left_out = _with_something_to_keep(shares)
@@ -29,7 +29,6 @@ def summarise_forgetting(suites: Sequence[SuiteScore], kl_to_base: dict[str, flo
         else None,
         left_out=left_out,
         rise_in_nats={s.name: -s.change for s in suites if s.role == "retention" and s.unit.startswith("nats")},
-        kl_to_base=kl_to_base or {},
     )
 
 

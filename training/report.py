@@ -12,14 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from training import report_format as text
-from training.errors import Problem, TenureError
+from training.comparison import ChangedItem, Pair, SuiteDifference, protocol_problem
+from training.errors import TenureError
 from training.report_format import Example
 from training.report_html import render_html
 from training.scorecard import Scorecard, SuiteScore, read_scorecard
 from training.wise import WiseCurve
 from training.workspace import RunFolder
 
-__all__ = ["print_comparison", "print_scorecard", "print_wise", "render_html", "write_report"]
+__all__ = ["print_comparison", "print_pair", "print_scorecard", "print_wise", "render_html", "write_report"]
 
 _MAX_ANSWER_CHARACTERS = 300
 
@@ -42,13 +43,46 @@ def print_comparison(console: Console, a: Scorecard, b: Scorecard) -> None:
         TenureError: they were scored under different protocols, and so do not compare; names what differs.
     """
     if a.protocol_hash != b.protocol_hash:
-        raise TenureError(_protocol_problem(a, b))
+        raise TenureError(protocol_problem(a, b))
     for label, scorecard in (("a: ", a), ("b: ", b)):
         _print_verdict(console, scorecard, label)
     console.print(Padding(_comparison_table(a, b), (1, 0)))
     console.print(Text("Each change is against the run's own base. pts: percentage points.", "dim"))
     if a.base_hash != b.base_hash:
         console.print(_plain(f"The bases differ: a tuned {a.base_model}, b tuned {b.base_model}.", "bold"))
+
+
+def print_pair(console: Console, pair: Pair) -> None:
+    """Print how much better the second run is, item by item, and a few of the items that it lost and won."""
+    table = _table("suite", f"{pair.second}\nbetter by", "[95 %]", "lost>", "won>", "p>")
+    for suite in pair.suites:
+        scale = 100 if suite.unit == "share" else 1
+        ends = ", ".join(f"{scale * end:+.4g}" for end in suite.interval)
+        better = f"{scale * suite.difference:+.4g}{' pts' if scale == 100 else ''}"
+        table.add_row(
+            _plain(suite.name), better, f"[{ends}]", str(len(suite.lost)), str(len(suite.won)), f"{suite.p_holm:.3g}"
+        )
+    console.print(Padding(table, (1, 0)))
+    note = "Paired over items; p by McNemar or sign flips, corrected over the suites (Holm). --json lists all items."
+    console.print(Text(note, "dim"))
+    for suite in pair.suites:
+        if suite.unit == "share":
+            _print_changed(console, pair, suite)
+
+
+def _print_changed(console: Console, pair: Pair, suite: SuiteDifference) -> None:
+    for word, items in (("lost", suite.lost), ("won", suite.won)):
+        for item in items[:1]:
+            console.print(_plain(f"{suite.name}, item {item.index}, {word} by {pair.second}", "bold"))
+            console.print(Padding(_both_answers(pair, item), (0, 0, 0, 2)))
+
+
+def _both_answers(pair: Pair, item: ChangedItem) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    rows = (("prompt", item.prompt), ("expected", item.expected))
+    for label, body in (*rows, (pair.first, item.first_answer), (pair.second, item.second_answer)):
+        grid.add_row(Text(label, "dim"), _plain(text.clip(body, _MAX_ANSWER_CHARACTERS)))
+    return grid
 
 
 def print_wise(console: Console, curve: WiseCurve) -> None:
@@ -173,18 +207,3 @@ def _print_example(console: Console, example: Example) -> None:
 def _plain(body: str, style: str = "") -> Text:
     """Text of users and models, shown as it is: no markup, and nothing that steers the terminal."""
     return Text(text.printable(body), style)
-
-
-def _protocol_problem(a: Scorecard, b: Scorecard) -> Problem:
-    keys = [key for key in {**a.protocol, **b.protocol} if _setting(a, key) != _setting(b, key)]
-    changes = [f"{key} is {_setting(a, key)} in {a.run} and {_setting(b, key)} in {b.run}" for key in keys]
-    # The hash also covers what the listed settings do not spell out, such as the items.
-    what = "; ".join(changes) or "the settings agree, but the hashed items or templates do not"
-    return Problem(
-        what=f"{a.run} and {b.run} were scored under different protocols: {what}",
-        instead="score both runs under one protocol, with the same suites and settings",
-    )
-
-
-def _setting(scorecard: Scorecard, key: str) -> str:
-    return repr(scorecard.protocol[key]) if key in scorecard.protocol else "not set"

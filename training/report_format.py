@@ -111,7 +111,6 @@ def forgetting_lines(scorecard: Scorecard) -> tuple[str, ...]:
     if kept.general_ability_delta is not None:
         lines.append(f"General-ability delta {100 * kept.general_ability_delta:+.1f} pts (mean change, TRACE).")
     lines += [f"{name}: cross-entropy changed by {rise:+.4f} nats." for name, rise in kept.rise_in_nats.items()]
-    lines += [f"{name}: KL(base, tuned) is {value:.4f} nats a token." for name, value in kept.kl_to_base.items()]
     if kept.left_out:
         lines.append(f"Left out of retention, for the base is not above chance: {', '.join(kept.left_out)}.")
     return tuple(lines)

@@ -93,7 +93,6 @@ class Forgetting(_Record):
     Suites scored as shares give `retention` (its clipped and unclipped mean of r / r_0, chance-corrected) and
     `general_ability_delta`; `left_out` names those on which the base knows nothing, which say nothing of forgetting.
     `rise_in_nats` is the change of every cross-entropy, in the suite's unit, positive where text became less likely.
-    `kl_to_base` is KL(base || tuned) in nats per token, by suite.
     """
 
     retention: float | None
@@ -101,7 +100,6 @@ class Forgetting(_Record):
     general_ability_delta: float | None
     left_out: tuple[str, ...]
     rise_in_nats: dict[str, float]
-    kl_to_base: dict[str, float] = {}
 
 
 class Probe(_Record):
