@@ -16,6 +16,7 @@ from training.encoding import Encoded, load_tokenizer, preview
 from training.lineage import describe_lineage
 from training.plan import GIB, Plan, describe_replay
 from training.prepare import load_prepared
+from training.shapes import describe_source
 from training.spec import RunSpec
 from training.strategy import Replay
 from training.workspace import Workspace
@@ -40,6 +41,8 @@ def show_check(spec_path: Path, workspace: Workspace) -> None:
         console.print("what the suites can show is told once the base is scored, when training starts")
     for line in weak or ():
         console.print(Text.assemble(("weak suite ", "yellow"), line))
+    for source in spec.data.train:
+        console.print(f"rows of {source.path}: {describe_source(source)}", soft_wrap=True, markup=False)
     tokenizer = load_tokenizer(Path(spec.model))
     console.print("the first examples; [bold green]green[/] tokens carry loss, others are only read:")
     data = load_prepared(prepared)
@@ -66,6 +69,7 @@ def plan_table(plan: Plan, replay: Replay | None = None) -> Table:
             "ZeRO stage": str(plan.zero_stage),
             "batch": f"{plan.global_batch_size} = {plan.workers} workers x {plan.accumulation_steps} "
             f"accumulated x {plan.micro_batch_size}",
+            **({"packing": f"rows of up to {plan.row_tokens:,} tokens"} if plan.row_tokens else {}),
             "steps": f"{plan.steps} ({plan.steps_per_epoch} an epoch)",
             "examples": f"{plan.num_examples:,} ({plan.num_overlong} longer than max_length)",
             "tokens": f"{plan.num_tokens_per_epoch:,} an epoch, {plan.num_target_tokens_per_epoch:,} carry loss",

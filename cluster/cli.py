@@ -44,9 +44,10 @@ def cli(context: click.Context, workspace: str) -> None:
 @click.pass_context
 def check(context: click.Context, spec: Path) -> None:
     """Validate SPEC and show what it would do: sizes, memory, steps, and which tokens carry loss."""
-    from cluster.checking import show_check
+    from cluster import checking, sequence
+    from training.sequence_steps import is_sequence
 
-    show_check(spec, context.obj)
+    (sequence if is_sequence(spec) else checking).show_check(spec, context.obj)
 
 
 @cli.command()
@@ -84,15 +85,36 @@ def train(context: click.Context, spec: Path, address: str | None) -> None:
 
 
 @cli.command()
+@SPEC
+@click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
+@click.pass_context
+def sequence(context: click.Context, spec: Path, address: str | None) -> None:
+    """Learn the tasks of SPEC one after the other; score every suite after each. Exit status 3 as for train."""
+    from cluster.sequence import train_sequence
+    from cluster.session import check_address
+
+    if address:
+        check_address(address)
+    if not train_sequence(spec, context.obj, address):
+        sys.exit(BROKEN_CONTRACT)
+
+
+@cli.command()
 @RUN
 @click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
 @click.option("--workers", type=click.IntRange(min=1), help="Go on with this many workers.")
 @click.option("--zero-stage", type=click.IntRange(0, 3), help="Go on at this ZeRO stage.")
 @click.pass_context
 def resume(context: click.Context, run: str, address: str | None, workers: int | None, zero_stage: int | None) -> None:
-    """Go on with an interrupted RUN from its last whole checkpoint, on other workers if asked."""
+    """Go on with an interrupted RUN, or sequence, from its last whole checkpoint, on other workers if asked."""
     from cluster import pipeline
+    from cluster.sequence import resume_sequence
+    from training.sequence_folder import is_sequence_id
 
+    if is_sequence_id(context.obj, run):
+        if not resume_sequence(run, context.obj, address, rescaled=bool(workers) or zero_stage is not None):
+            sys.exit(BROKEN_CONTRACT)
+        return
     folder = context.obj.run(run)
     if folder.registration.is_file():
         _finish(folder, context.obj)
@@ -134,11 +156,17 @@ def runs(context: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the scorecard as JSON.")
 @click.pass_context
 def report(context: click.Context, run: str, as_json: bool) -> None:
-    """Show what RUN gained and what it forgot, and where its HTML report is."""
+    """Show what RUN, or a sequence, gained and what it forgot, and where its HTML report is."""
     from cluster.screen import make_screen
     from training.report import print_scorecard, write_report
     from training.scorecard import read_scorecard
+    from training.sequence_folder import is_sequence_id
 
+    if is_sequence_id(context.obj, run):
+        from cluster.sequence import report_sequence
+
+        report_sequence(run, context.obj, as_json=as_json)
+        return
     folder = context.obj.run(run)
     scorecard = read_scorecard(folder.scorecard)
     if as_json:
@@ -253,14 +281,17 @@ def fetch(context: click.Context) -> None:
 
 @cli.command()
 @click.argument("of", type=click.Choice(["spec", "scorecard", "comparison"]), default="spec")
-def schema(of: str) -> None:
+@click.option("--sequence", "of_sequence", is_flag=True, help="Of a sequence of tasks.")
+def schema(of: str, of_sequence: bool) -> None:
     """Print the JSON Schema of a spec, for editors; or of a scorecard, or of what compare --json prints."""
     from training.comparison import Comparison
     from training.scorecard import Scorecard
+    from training.sequence import SequenceSpec
     from training.spec import RunSpec
 
     models: dict[str, type[BaseModel]] = {"spec": RunSpec, "scorecard": Scorecard, "comparison": Comparison}
-    click.echo(json.dumps(models[of].model_json_schema(), indent=1))
+    kind = SequenceSpec if of_sequence else models[of]
+    click.echo(json.dumps(kind.model_json_schema(), indent=1))
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from cluster import pipeline
 from training.errors import fail
 from training.faults import output_to
 from training.interpolate import check_alpha, check_interpolable, interpolate
+from training.locations import is_there
 from training.models import hash_folder
 from training.report import write_report
 from training.scorecard import read_scorecard
@@ -56,7 +57,7 @@ def _tuned(run: RunFolder, spec: RunSpec) -> Path:
     from serving.registry import registered_artifact
 
     artifact = registered_artifact(run, read_scorecard(run.scorecard))
-    missing = [suite.path for suite in spec.suites.all if not suite.path.is_file()]
+    missing = [suite.path for suite in spec.suites.all if not is_there(suite.path)]
     if missing:
         raise fail("a suite's file is no longer there", str(missing[0]), "restore it: every alpha is scored on it")
     if not spec.protection(Wise):

@@ -48,7 +48,7 @@ def _computed(
         return None
     looked_at = _spec_of_pass(protection, spec)
     prepared = prepare(looked_at, workspace)
-    target = workspace.cache / "importance" / _key(protection, looked_at, prepared)
+    target = _cached(protection, looked_at, prepared, workspace)
     if not target.is_dir():
         counts = load_prepared(prepared).counts()
         plan = make_plan(looked_at, read_model_info(Path(spec.model)), counts, memory_limit)
@@ -58,6 +58,19 @@ def _computed(
         else:
             _consolidate(looked_at, plan, prepared, target, logs)
     return target
+
+
+def importance_of_run(protection: Ewc | Si, spec: RunSpec, workspace: Workspace) -> Path | None:
+    """The folder of the importance that a finished run's protection used; None where it had none."""
+    if protection.importance or not protection.data:
+        return protection.importance
+    looked_at = _spec_of_pass(protection, spec)
+    return _cached(protection, looked_at, prepare(looked_at, workspace), workspace)
+
+
+def _cached(protection: Ewc | Si, looked_at: RunSpec, prepared: Path, workspace: Workspace) -> Path:
+    """Where the importance on a protection's own data lies, or will lie."""
+    return workspace.cache / "importance" / _key(protection, looked_at, prepared)
 
 
 def _spec_of_pass(protection: Ewc | Si, spec: RunSpec) -> RunSpec:

@@ -49,7 +49,7 @@ def plan_run(spec: RunSpec, workspace: Workspace) -> tuple[Plan, Path]:
     prepared = prepare(spec, workspace)
     counts = load_prepared(prepared).counts()
     plan = make_plan(spec, read_model_info(Path(spec.model)), counts, memory_limit(spec.scaling), teacher)
-    check_disk(workspace, plan)
+    check_disk(workspace, plan.disk_bytes, "the run")
     return plan, prepared
 
 
@@ -74,13 +74,13 @@ def memory_limit(scaling: Scaling) -> int | None:
     return None if scaling.gpus_per_worker else int(psutil.virtual_memory().available / scaling.workers)
 
 
-def check_disk(workspace: Workspace, plan: Plan) -> None:
-    """Refuse a run whose checkpoints and artifact would not fit."""
+def check_disk(workspace: Workspace, disk_bytes: int, what_needs: str) -> None:
+    """Refuse what would leave more on disk (checkpoints and artifacts) than there is room for."""
     workspace.root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(workspace.root).free
-    need = plan.disk_bytes + _SPARE_DISK_BYTES
+    need = disk_bytes + _SPARE_DISK_BYTES
     if need > free:
-        what = f"the run needs {need / GIB:.1f} GiB of disk and {free / GIB:.1f} GiB are free"
+        what = f"{what_needs} needs {need / GIB:.1f} GiB of disk and {free / GIB:.1f} GiB are free"
         raise fail(what, str(workspace.root), "free some space, or put --workspace on a larger disk")
 
 

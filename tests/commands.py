@@ -45,10 +45,10 @@ class Command:
         )
         return cls(process, mark)
 
-    def finish(self) -> int:
+    def finish(self, wait_s: float = WAIT_S) -> int:
         """The exit status, once the command has ended."""
         try:
-            self.out, self.err = self.process.communicate(timeout=WAIT_S)
+            self.out, self.err = self.process.communicate(timeout=wait_s)
         finally:
             self.end()
         return self.process.returncode

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 from cluster.cli import cli
+from training.sequence import CarriedEwc, CarriedReplay, CarriedSi, SequenceSpec, Task
 from training.spec import RunSpec
 
 ROOT = Path(__file__).parents[1]
+CARRIED = (CarriedReplay, CarriedEwc, CarriedSi)
 
 
 def test_every_key_of_the_spec_is_documented() -> None:
@@ -17,6 +19,12 @@ def test_every_key_of_the_spec_is_documented() -> None:
     keys = {key for section in sections for key in section.get("properties", {})}
     documented = set(re.findall(r"`([a-z0-9_]+)`", (ROOT / "docs" / "spec.md").read_text()))
     assert keys - documented == set()
+
+
+def test_every_key_of_a_sequence_is_documented() -> None:
+    keys = {key for kind in (SequenceSpec, Task, *CARRIED) for key in kind.model_fields}
+    pages = "".join((ROOT / "docs" / name).read_text() for name in ("spec.md", "sequences.md"))
+    assert keys - set(re.findall(r"`([a-z0-9_]+)`", pages)) == set()
 
 
 def test_every_command_is_in_the_readme() -> None:

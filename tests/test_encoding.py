@@ -6,13 +6,15 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
-from tiny import END, START, make_tiny_tokenizer
+from tiny import END, PAD, START, make_tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+import training.chat
 from training.chat import render_prompt
 from training.encoding import (
     Encoded,
@@ -26,6 +28,9 @@ from training.encoding import (
 )
 from training.errors import TenureError
 from training.rows import Conversation, Passage, Preference
+from training.section import Learn
+
+LEARNS: tuple[Learn, ...] = get_args(Learn)
 
 SINGLE = Conversation(({"role": "user", "content": "what is 3+4"}, {"role": "assistant", "content": "7"}), "f row 1")
 MULTI = Conversation(
@@ -227,6 +232,89 @@ def test_turns_that_a_template_refuses_are_told_with_its_words(tokenizer: PreTra
     tokenizer.chat_template = "{% if %}"
     with pytest.raises(TenureError, match="the model's chat template refuses"):
         encode(tokenizer, SINGLE, chat=True)
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+        (ENDLESS, "it has not come to an end in 0.2 seconds"),
+        ("{{ messages.__class__.__mro__ }}", "access to attribute '__class__' of 'list' object is unsafe"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ messages[0].text.first }}", "has no attribute 'text'"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "maximum recursion depth exceeded"),
+        ("{{ [].append(1) }}", "is not safely callable|unsafe"),
+    ],
+)
+def test_a_template_that_fails_or_reaches_out_is_told_by_row(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
+) -> None:
+    monkeypatch.setattr(training.chat, "RENDER_LIMIT_S", 0.2)
+    tokenizer.chat_template = template
+    rows = [SINGLE, replace(SINGLE, where="f row 3")]
+    with pytest.raises(
+        TenureError, match=f"f row 1: the model's chat template refuses the turns user: .*({reason})"
+    ) as caught:
+        encode_all(tokenizer, rows, True, 4096, "refuse")
+    assert [problem.where for problem in caught.value.problems] == ["f row 1", "f row 3"]
+
+
+def test_a_template_whose_end_does_not_stop_the_model_is_refused(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    end = tokenizer.eos_token_id
+    tokenizer.eos_token = PAD
+    tokenizer.add_special_tokens({"additional_special_tokens": [END]})
+    tokenizer.save_pretrained(tmp_path / "a")
+    told = f"the chat template ends turns with {END}, at which the model does not stop".replace("|", r"\|")
+    with pytest.raises(TenureError, match=told) as caught:
+        encode_all(load_tokenizer(tmp_path / "a"), [SINGLE, MULTI], True, 4096, "refuse")
+    (problem,) = caught.value.problems  # one for the model, not one a row
+    assert (problem.where, f"add its id {end} to eos_token_id" in problem.instead) == (str(tmp_path / "a"), True)
+    for name, stops in (("generation_config.json", [end]), ("config.json", end)):
+        tokenizer.save_pretrained(tmp_path / name)
+        (tmp_path / name / name).write_text(json.dumps({"eos_token_id": stops}))
+        stopping = load_tokenizer(tmp_path / name)
+        assert preview(stopping, encode(stopping, SINGLE, chat=True))[-1] == (f"7{END}", True)
+
+
+def test_an_answer_that_goes_on_after_its_end_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = ({"role": "user", "content": "3+4?"}, {"role": "assistant", "content": f"7{END} and more"})
+    with pytest.raises(TenureError, match=r"f row 1: an answer goes on after <\|im_end\|>, at which serving stops"):
+        encode(tokenizer, Conversation(turns, "f row 1"), chat=True)
+    once = ({"role": "user", "content": "3+4?"}, {"role": "assistant", "content": f"7{END}"})
+    assert preview(tokenizer, encode(tokenizer, Conversation(once, ""), chat=True))[-1] == (f"7{END}", True)
+
+
+def test_an_answer_that_the_template_does_not_end_gets_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    found = preview(tokenizer, encode(tokenizer, SINGLE, chat=True))
+    assert found == [("user: what is 3+4\n", False), (f"assistant: 7\n{END}", True)]
+
+
+ASK, ANSWER = SINGLE.messages
+
+
+@pytest.mark.parametrize(
+    ("turns", "what"),
+    [
+        ((ASK, ANSWER, ASK), "the last turn is the user's: nothing to learn"),
+        ((ASK, ANSWER | {"content": " "}, ASK, ANSWER), "the assistant's turn 2 is empty"),
+        ((ANSWER, ASK, ANSWER), "the first turn is the assistant's"),
+        ((ASK, ANSWER | {"weight": 0}), "every assistant turn has weight 0"),
+    ],
+)
+def test_turns_that_teach_nothing_are_told_by_row(
+    tokenizer: PreTrainedTokenizerFast, turns: tuple[dict[str, Any], ...], what: str
+) -> None:
+    for learn in LEARNS:
+        if learn != "last" or turns[-1] != ANSWER:
+            with pytest.raises(TenureError, match=f"f row 1: {what}"):
+                encode_all(tokenizer, [Conversation(turns, "f row 1", learn=learn)], True, 4096, "refuse")
 
 
 def test_chat_needs_a_template(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jobs import STEPS, single_process, spec_of, start_job, train_here, weights
+from jobs import STEPS, spec_of, start_job, train_here, weights
 
 from training import engine
 from training.engine import build_optimizer
@@ -16,13 +15,6 @@ from training.layout import Layout
 from training.onepass import OnePassAdamW
 from training.protections import PathIntegral, QuadraticPull
 from training.spec import RunSpec
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with single_process(tmp_path_factory.mktemp("alone")):
-        yield
-
 
 ONE_PULL = [{"type": "l2sp", "strength": 1.0}]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -57,7 +49,7 @@ def test_the_one_pass_optimizer_does_what_hooks_do(updates: tuple[str, ...], rec
 
 @pytest.mark.parametrize("stage", range(4))
 def test_deepspeed_steps_it_as_it_steps_torchs(
-    stage: int, alone: None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: int, one_process: None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With clipping, whose undoing the path needs, and with a checkpoint's sheets on the way."""
     ends = []

@@ -255,7 +255,7 @@ def test_two_workers_at_every_zero_stage_equal_plain_torch(
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("name", ["ewc coupled", "ewc lora", "si proximal"])
+@pytest.mark.parametrize("name", PULLS)
 def test_one_worker_at_every_zero_stage_equals_plain_torch(
     references: dict[str, tuple[Weights, Reference]],
     importances: dict[str, Path],

@@ -14,7 +14,8 @@ from tiny_spec import write_rows
 
 from training.errors import TenureError
 from training.items import read_items
-from training.readers import MAX_ROW_BYTES, read_rows
+from training.readers import read_rows
+from training.row import MAX_ROW_BYTES
 from training.rows import (
     MAX_PROBLEMS,
     Faults,
@@ -202,10 +203,13 @@ def test_messages_are_kept_as_they_are(tmp_path: Path) -> None:
         ({"messages": []}, "'turns' is no list of turns"),
         ({"turns": []}, "'turns' is no list of turns"),
         ({"turns": "hello"}, "'turns' is no list of turns"),
-        ({"turns": ["hello"]}, "a turn is no object with role and content"),
-        ({"turns": [{"role": "user"}]}, "a turn is no object with role and content"),
-        ({"turns": [{"role": "user", "content": ["a"]}]}, "a turn is no object with role and content"),
-        (turns(("human", "1"), ("assistant", "2")), "the role 'human' is unknown"),
+        ({"turns": ["hello"]}, "turn 1 is no object with role and content"),
+        ({"turns": [{"role": "user"}]}, "turn 1 has no text as its content"),
+        (
+            {"turns": [{"role": "user", "content": ["a"]}]},
+            "turn 1 holds a part of the type 'str'; text alone can be learned",
+        ),
+        (turns(("human", "1"), ("assistant", "2")), "the role 'human' of turn 1 is unknown"),
         (
             turns(("assistant", "1"), ("user", "2")),
             "there is nothing to learn: the last turn is not a filled assistant turn",

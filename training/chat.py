@@ -22,6 +22,7 @@ from training.errors import TenureError, fail
 from training.rows import Conversation
 from training.timelimit import time_limit
 from training.tokens import continued_ids, text_ids
+from training.turns import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -204,7 +205,7 @@ def _next_token(
 
     The first is so of GLM, whose models stop at `<|user|>` and `<|observation|>`.
     """
-    turn = {key: value for key, value in conversation.messages[index].items() if key not in _REASONING}
+    turn = {key: value for key, value in conversation.messages[index].items() if key != "reasoning_content"}
     turns = (*conversation.messages[:index], {**turn, "content": _ANSWER_MARK})
     after = {"role": "tool" if turn.get("tool_calls") else "user", "content": _MARK}
     assert tokenizer.eos_token_id is not None
@@ -238,36 +239,23 @@ def _with_arguments_as_wanted(tokenizer: PreTrainedTokenizerBase, conversation: 
     """Tool calls with their arguments as objects, as most templates want them, or as JSON text where those fail."""
     if not any(turn.get("tool_calls") for turn in conversation.messages):
         return conversation
-    as_objects = _with_arguments(conversation, as_text=False)
     try:
-        _render(tokenizer, as_objects.messages, conversation.tools, conversation.where, add_generation_prompt=False)
+        _render(tokenizer, conversation.messages, conversation.tools, conversation.where, add_generation_prompt=False)
     except TenureError as error:
-        as_text = _with_arguments(conversation, as_text=True)
+        as_text = replace(conversation, messages=_with_text_arguments(conversation.messages))
         try:
             _render(tokenizer, as_text.messages, conversation.tools, conversation.where, add_generation_prompt=False)
         except TenureError:
             raise error from None
         return as_text
-    return as_objects
+    return conversation
 
 
-def _with_arguments(conversation: Conversation, as_text: bool) -> Conversation:
-    messages = copy.deepcopy(conversation.messages)
-    for turn in messages:
-        for call in turn.get("tool_calls") or ():
-            function = call.get("function", call)
-            function["arguments"] = _arguments(function.get("arguments", {}), as_text, conversation.where)
-    return replace(conversation, messages=messages)
-
-
-def _arguments(given: Any, as_text: bool, where: str) -> Any:
-    try:
-        value = json.loads(given) if isinstance(given, str) else given
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise fail(f"a tool call's arguments are no JSON object: {given!r}", where, 'write {"name": value, ...}')
-    return json.dumps(value, ensure_ascii=False) if as_text else value
+def _with_text_arguments(messages: Messages) -> Messages:
+    changed = copy.deepcopy(messages)
+    for function in (call["function"] for turn in changed for call in turn.get("tool_calls") or ()):
+        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return changed
 
 
 def _refuse_what_is_left_out(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> None:
@@ -286,9 +274,6 @@ def _refuse_what_is_left_out(tokenizer: PreTrainedTokenizerBase, conversation: C
         raise fail(what, conversation.where, "remove them, or put another chat_template.jinja beside the model")
 
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-
-
 def _with_marks(conversation: Conversation) -> tuple[Conversation, dict[str, str]]:
     """The conversation with a mark in each part that templates may not know, and what each mark stands for."""
     names: dict[str, str] = {}
@@ -299,15 +284,14 @@ def _with_marks(conversation: Conversation) -> tuple[Conversation, dict[str, str
 
     messages, tools = copy.deepcopy(conversation.messages), copy.deepcopy(conversation.tools)
     if tools:
-        tools[0].get("function", tools[0])["name"] = mark("the tools")
+        tools[0]["function"]["name"] = mark("the tools")
     for place, turn in enumerate(messages):
         if turn["role"] == "tool":
             turn["content"] = mark("the tools' answers")
         for call in turn.get("tool_calls") or ():
-            call.get("function", call)["name"] = mark("tool calls")
-        for key in _REASONING if place == len(messages) - 1 else ():
-            if turn.get(key):
-                turn[key] = mark(key)
+            call["function"]["name"] = mark("tool calls")
+        if turn.get("reasoning_content") and place == len(messages) - 1:
+            turn["reasoning_content"] = mark("reasoning_content")
     return replace(conversation, messages=messages, tools=tools), names
 
 

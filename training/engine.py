@@ -26,7 +26,7 @@ def deepspeed_config(spec: RunSpec, plan: Plan) -> dict[str, Any]:
     clipping = 0.0 if _is_plain(spec, plan) else spec.training.max_grad_norm or 0.0
     config = _config(spec.training.precision, plan.zero_stage, plan.trainable_parameters, plan.accumulation_steps)
     return config | {
-        "train_batch_size": plan.global_batch_size,
+        "train_batch_size": plan.workers * plan.accumulation_steps * plan.micro_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_clipping": clipping,
     }

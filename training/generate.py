@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 from training.chat import render_prompt
 from training.encoding import Encoded, encode, load_tokenizer, spaced, wants_chat
 from training.errors import fail
-from training.models import hash_file, hash_folder
+from training.locations import hash_data
+from training.models import hash_folder
 from training.readers import read_rows
-from training.rows import Conversation, Messages, read_prompts
+from training.rows import Conversation, read_prompts
 from training.spec import RunSpec
 from training.strategy import Generate, Replay
 from training.tokens import continued_ids, prompt_ids, text_ids
+from training.turns import Messages
 from training.workspace import Workspace, write_json
 
 if TYPE_CHECKING:
@@ -171,7 +173,7 @@ def replay_job(spec: RunSpec, workspace: Workspace) -> GenerateJob:
         "version": _GENERATE_VERSION,
         "model": hash_folder(Path(spec.model)),
         "generate": settings,
-        "prompts": hash_file(replay.generate.prompts.path) if replay.generate.prompts else None,
+        "prompts": hash_data(replay.generate.prompts.path) if replay.generate.prompts else None,
         "max_length": spec.training.max_length,
         "overlong": spec.data.overlong,
         "seed": spec.training.seed,

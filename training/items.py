@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, get_args
 
-from training.readers import Row, RowFault
-from training.rows import Faults, Messages, checked_turns, non_empty, rows_of
+from training.row import Row, RowFault
+from training.rows import Faults, non_empty, rows_of, turns_of
+from training.shapes import as_messages
 from training.suite_spec import Accuracy, Answering, Classification, CrossEntropy, FileSuite, Perplexity
 from training.templating import column_of, fill, fill_text
+from training.turns import Messages
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _likelihood_item(suite: CrossEntropy | Perplexity, row: Row, where: str) -> 
 
 def _chat_item(column: str, row: Row, where: str) -> SuiteItem:
     """Chat turns: the last one is the right answer, what comes before is asked."""
-    *before, last = checked_turns(row, column)
+    *before, last = turns_of(as_messages(row.get(column)), column, row)
     if not before:
         raise RowFault(f"'{column}' holds an answer and nothing before it", "start with a user's turn")
     return SuiteItem(str(before[-1]["content"]), str(last["content"]), where, turns=tuple(before))

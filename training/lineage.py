@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import Problem, fail, raise_all
-from training.models import find_model, hash_file, hash_folder
+from training.locations import Location, hash_data, is_there
+from training.models import find_model, hash_folder
 from training.spec import RunSpec
 from training.suite_spec import AnySuite
 from training.workspace import LINEAGE_FILE, MERGED_FOLDER, RunFolder, Workspace, read_json
@@ -175,9 +176,9 @@ def inherit_suites(spec: RunSpec, workspace: Workspace) -> RunSpec:
         there = next((index for index, one in enumerate(retention) if _same(suite, one)), None)
         if there is not None:
             retention[there] = retention[there].model_copy(update={"inherited_from": suite.inherited_from})
-        elif (file := _file(suite)) is not None and not file.is_file():
+        elif (place := _data(suite)) is not None and not is_there(place):
             what = f"suite '{suite.name}' of run '{suite.inherited_from}', which the base model came from, is gone"
-            gone.append(Problem(what, str(file), "restore the file, or set suites: {inherit: false}"))
+            gone.append(Problem(what, str(place), "restore the file, or set suites: {inherit: false}"))
         else:
             names = {one.name for one in (*targets, *retention)}
             retention.append(suite.model_copy(update={"name": _free_name(suite, names)}))
@@ -197,16 +198,16 @@ def _same(suite: AnySuite, other: AnySuite) -> bool:
     keys = {"name", "path", "min_gain", "max_loss", "inherited_from"}
     if type(suite) is not type(other) or suite.model_dump(exclude=keys) != other.model_dump(exclude=keys):
         return False
-    first, second = _file(suite), _file(other)
+    first, second = _data(suite), _data(other)
     if first == second or first is None or second is None:
         return first == second
-    return first.is_file() and second.is_file() and hash_file(first) == hash_file(second)
+    return is_there(first) and is_there(second) and hash_data(first) == hash_data(second)
 
 
-def _file(suite: AnySuite) -> Path | None:
-    """The file of a suite, where it has one."""
+def _data(suite: AnySuite) -> Location | None:
+    """Where the items of a suite lie, where it has a place."""
     path = getattr(suite, "path", None)
-    return path if isinstance(path, Path) else None
+    return path if isinstance(path, Path | str) else None
 
 
 def _free_name(suite: AnySuite, taken: set[str]) -> str:
@@ -236,11 +237,11 @@ def describe_lineage(spec: RunSpec, workspace: Workspace) -> str:
     lines = [f"the base is an artifact of run {run}; retention suites of earlier runs: {told}"]
     for suite in watched:
         if _changed(suite, ancestor):
-            lines.append(f"the file of {suite.name} has changed since run {run}: {_file(suite)}")
+            lines.append(f"the file of {suite.name} has changed since run {run}: {_data(suite)}")
     return "\n".join(lines)
 
 
 def _changed(suite: AnySuite, ancestor: Ancestor) -> bool:
-    file = _file(suite)
-    known = ancestor.suite_hashes.get(str(file))
-    return file is not None and known is not None and known != hash_file(file)
+    place = _data(suite)
+    known = ancestor.suite_hashes.get(str(place))
+    return place is not None and known is not None and known != hash_data(place)

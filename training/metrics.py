@@ -121,7 +121,7 @@ def valid_json(suite: ValidJson, answer: str, _: str) -> Worth:
     if suite.json_schema is None:
         return Worth(1.0)
     try:
-        _validator(suite.json_schema).validate(value)
+        _validator(Path(suite.json_schema)).validate(value)
     except ValidationError:
         return Worth(0.0)
     return Worth(1.0)

@@ -15,6 +15,7 @@ from training.batches import IGNORE, collate
 from training.divergence import Compare, Outcomes, divergence, forward_kl
 from training.encoding import Encoded
 from training.models import read_model_info
+from training.packing import row_tokens
 from training.signals import Signals
 from training.spec import RunSpec
 from training.store import targets_of
@@ -158,16 +159,23 @@ class Divergence:
 class TokenObjective:
     """A mean over the target tokens of the global batch: cross-entropy and divergences from frozen models.
 
-    With weights w of the rows it is sum(w * loss) / sum(w), over target tokens.
+    With weights w of the rows it is sum(w * loss) / sum(w), over target tokens. Examples are packed into rows of
+    `row_tokens`, or, where that is 0, have one each.
     """
 
     def __init__(
-        self, head: TargetLogits, weighed: Weighed, pad_id: int, cross_entropy: float, terms: Sequence[Divergence]
+        self,
+        head: TargetLogits,
+        weighed: Weighed,
+        pad_id: int,
+        cross_entropy: float,
+        terms: Sequence[Divergence],
+        row_tokens: int = 0,
     ) -> None:
         self.head = head
         self._rows, self._weights = weighed.data.sequences, weighed.weights
         self._num_targets = targets_of(self._rows)
-        self._pad_id = pad_id
+        self._pad_id, self._row_tokens = pad_id, row_tokens
         self._cross_entropy = cross_entropy
         self._terms = tuple(terms)
         self.names = ("cross_entropy", *(term.name for term in terms)) if terms else ()
@@ -183,7 +191,7 @@ class TokenObjective:
 
     def loss(self, engine: Any, indices: Sequence[int], totals: Totals) -> Loss:
         """The share of the examples `indices` in the loss and in the mean of each term."""
-        batch = _on_device([self._rows[index] for index in indices], self._pad_id, engine)
+        batch = _on_device([self._rows[index] for index in indices], self._pad_id, engine, self._row_tokens)
         outcomes = [term.frozen.outcomes(engine, batch, indices) for term in self._terms]
         targets = self.head.targets(engine, batch)
         if targets.is_empty:
@@ -203,8 +211,8 @@ class TokenObjective:
         return Loss(value, parts)
 
 
-def _on_device(rows: Sequence[Encoded], pad_id: int, engine: Any) -> Batch:
-    return {key: value.to(engine.device) for key, value in collate(rows, pad_id).items()}
+def _on_device(rows: Sequence[Encoded], pad_id: int, engine: Any, row_tokens: int = 0) -> Batch:
+    return {key: value.to(engine.device) for key, value in collate(rows, pad_id, row_tokens).items()}
 
 
 # ------------------------------------------------------------------------------------------------------ pairs
@@ -299,7 +307,7 @@ def make_objective(
     for protection in spec.protections:
         if isinstance(protection, Kl):
             terms.append(_kl_to_base(spec, protection, head, weighed, aids))
-    return TokenObjective(head, weighed, pad_id, share, terms)
+    return TokenObjective(head, weighed, pad_id, share, terms, row_tokens(spec))
 
 
 def _distillation(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from training.errors import Problem, TenureError
 from training.models import ModelInfo
+from training.packing import looked_at, most_rows, row_tokens
 from training.spec import RunSpec
+from training.store import Numbers
 from training.strategy import (
     AnyTuning,
     Distill,
@@ -61,13 +65,15 @@ class Plan:
     replay_token_share: float | None
     memory_per_worker_bytes: int
     disk_bytes: int
+    row_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class DataCounts:
     """What the encoded training set holds, and the replay rows beside it (none yet, when the base will write them).
 
-    `longest` is over all rows, those to be written included.
+    `longest` is over all rows, those to be written included; `lengths` (examples,) are tokens of all but those, and
+    needed where examples are packed.
     """
 
     num_examples: int
@@ -77,6 +83,7 @@ class DataCounts:
     num_overlong: int
     num_replay: int = 0
     num_replay_target_tokens: int = 0
+    lengths: Numbers | None = field(default=None, compare=False)
 
 
 def make_plan(
@@ -101,16 +108,18 @@ def make_plan(
             what = f"examples have up to {counts.longest} tokens, but the {name} has {model.max_positions} positions"
             instead = f"set training.max_length: {model.max_positions} and data.overlong"
             raise TenureError(Problem(what, "data", instead))
-    micro = _micro_batch_size(spec)
+    replay_per_batch = count_replayed(spec)
+    packed_rows = _packed_rows(spec, counts, replay_per_batch)
+    longest = row_tokens(spec) or counts.longest
+    micro = _micro_batch_size(spec, packed_rows)
     rows = micro * (2 if spec.objective.type == "dpo" else 1)
     trainable = count_trainable(spec.tuning, info)
-    beside = frozen_memory(spec, info, teacher, rows, counts.longest)
+    beside = frozen_memory(spec, info, teacher, rows, longest)
     left = None if memory_limit_bytes is None else memory_limit_bytes - beside
-    stage = _zero_stage(spec, info, trainable, rows, counts.longest, left)
-    memory = estimate_memory(spec, info, trainable, stage, rows, counts.longest) + beside
+    stage = _zero_stage(spec, info, trainable, rows, longest, left)
+    memory = estimate_memory(spec, info, trainable, stage, rows, longest) + beside
     if memory_limit_bytes is not None and memory > memory_limit_bytes:
         raise TenureError(_does_not_fit(spec, memory, memory_limit_bytes, stage, micro))
-    replay_per_batch = count_replayed(spec)
     steps_per_epoch = math.ceil(counts.num_examples / (training.global_batch_size - replay_per_batch))
     steps = steps_per_epoch * training.epochs
     steps = min(steps, training.max_steps) if training.max_steps else steps
@@ -120,7 +129,7 @@ def make_plan(
         zero_stage=stage,
         workers=scaling.workers,
         micro_batch_size=micro,
-        accumulation_steps=training.global_batch_size // (scaling.workers * micro),
+        accumulation_steps=-(-(packed_rows or training.global_batch_size) // (scaling.workers * micro)),
         global_batch_size=training.global_batch_size,
         steps=steps,
         steps_per_epoch=steps_per_epoch,
@@ -136,7 +145,34 @@ def make_plan(
         replay_token_share=_replay_token_share(counts, steps_per_epoch, replay_per_batch),
         memory_per_worker_bytes=memory,
         disk_bytes=estimate_disk(spec, info, trainable) + estimate_signals(spec, counts),
+        row_tokens=row_tokens(spec),
     )
+
+
+def _packed_rows(spec: RunSpec, counts: DataCounts, replay_per_batch: int) -> int:
+    """The most rows that a global batch is packed into; 0 where examples are not packed.
+
+    Rows that the base has yet to write count as the longest that it may.
+    """
+    if not row_tokens(spec):
+        return 0
+    from training.batches import Schedule
+
+    assert counts.lengths is not None
+    num_replay = _count_replay(spec, counts)
+    schedule = Schedule(
+        num_examples=counts.num_examples,
+        global_batch_size=spec.training.global_batch_size,
+        epochs=spec.training.epochs,
+        seed=spec.training.seed,
+        max_steps=spec.training.max_steps,
+        num_replay=num_replay,
+        replay_per_batch=replay_per_batch,
+    )
+    to_come = counts.num_examples + num_replay - len(counts.lengths)
+    lengths = np.concatenate([counts.lengths, np.full(to_come, counts.longest)])
+    batches = (schedule.batch(step) for step in looked_at(schedule.num_steps))
+    return most_rows(batches, lengths, row_tokens(spec))
 
 
 def count_replayed(spec: RunSpec) -> int:
@@ -275,13 +311,18 @@ def estimate_disk(spec: RunSpec, info: ModelInfo, trainable: int) -> int:
     return checkpoint * (spec.training.keep_checkpoints + 1) + copies * (artifact + merged)
 
 
-def _micro_batch_size(spec: RunSpec) -> int:
-    """The given one, or the largest divisor of a worker's share up to a bound that suits the hardware."""
+def _micro_batch_size(spec: RunSpec, packed_rows: int) -> int:
+    """The given one, or the largest divisor of a worker's share up to a bound that suits the hardware.
+
+    Of packed rows it need not be a divisor: spare ones are empty.
+    """
     given = spec.training.micro_batch_size
     if given != "auto":
         return given
     per_worker = spec.training.global_batch_size // spec.scaling.workers
     bound = _GPU_ROWS if spec.scaling.gpus_per_worker else _CPU_ROWS
+    if packed_rows:
+        return min(bound, -(-packed_rows // spec.scaling.workers))
     return max(rows for rows in range(1, min(bound, per_worker) + 1) if per_worker % rows == 0)
 
 

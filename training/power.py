@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from training.judge import threshold_of
+from training.judge import against_base, threshold_of
 from training.metrics import NATS
 from training.scoring import Answered
 from training.spec import RunSpec
@@ -49,6 +49,7 @@ def powers(spec: RunSpec, base: Mapping[str, Sequence[Answered]]) -> list[Power]
 
 
 def _power(suite: AnySuite, role: Literal["target", "retention"], answers: Sequence[Answered], spec: RunSpec) -> Power:
+    answers = against_base(suite, list(answers), list(answers))[0]
     scores, weights = (np.array([getattr(answer, name) for answer in answers]) for name in ("score", "weight"))
     share = suite.metric not in NATS
     base, chance = float(np.average(scores, weights=weights)), float(np.mean([a.chance for a in answers]))

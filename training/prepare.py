@@ -22,7 +22,7 @@ from training.encoding import (
 from training.errors import Problem, TenureError, fail
 from training.generate import longest_row, read_written
 from training.items import read_items
-from training.models import hash_file
+from training.locations import Location, hash_data
 from training.plan import DataCounts
 from training.rows import read_conversations, read_passages, read_preferences
 from training.section import Source
@@ -104,6 +104,7 @@ class Prepared:
             num_target_tokens=int(self.target_counts[: len(self.train)].sum(dtype="int64")),
             longest=max(self.longest_to_come, int(lengths_of(self.sequences).max())),
             num_overlong=self.num_overlong,
+            lengths=self.lengths,
             num_replay=len(self.replay),
             num_replay_target_tokens=int(targets_of(self.replay).sum(dtype="int64")),
         )
@@ -261,7 +262,7 @@ _DECIDING = (
 def _content_key(spec: RunSpec, written: Path | None) -> str:
     """A hash of all that decides the token ids: files, columns, tokenizer and template, lengths."""
     model = Path(spec.model)
-    files = [model / name for name in _DECIDING if (model / name).is_file()]
+    files: list[Location] = [model / name for name in _DECIDING if (model / name).is_file()]
     files += sorted(model.glob("additional_chat_templates/*.jinja"))
     files += [source.path for source in (*spec.data.train, *spec.suites.all)]
     replay = spec.protection(Replay)
@@ -269,7 +270,7 @@ def _content_key(spec: RunSpec, written: Path | None) -> str:
     files += [written] if written else []
     parts = {
         "encoding": _ENCODING_VERSION,
-        "files": [hash_file(file) for file in files],
+        "files": [hash_data(file) for file in files],
         "data": spec.data.model_dump(mode="json"),
         "replay": replay.model_dump(mode="json", exclude={"share"}) if replay else None,
         "suites": spec.suites.model_dump(mode="json"),

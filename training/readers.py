@@ -1,121 +1,84 @@
-"""Rows of files, one after the other, each with its place; what cannot be read is a fault with a row's number.
+"""Rows of whatever lies at a location, one after the other, each with its place.
 
-Nothing is held but the row at hand: a file may be larger than memory, and a row is at most MAX_ROW_BYTES long.
+Nothing is held but the row at hand, or a batch of a table: data may be larger than memory. What cannot be read is a
+fault with a row's number.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
 
 from training.errors import Problem, TenureError
+from training.json_rows import read_json, read_lines
+from training.locations import DataFile, Location, files_of
+from training.row import LastFault, Read, Row, RowFault
+from training.table_rows import read_arrow, read_csv, read_parquet
 
-MAX_ROW_BYTES = 32 * 2**20
-Row = dict[str, Any]
+__all__ = ["FORMATS", "LastFault", "Row", "RowFault", "open_rows", "read_rows"]
 
-
-class RowFault(Exception):
-    """What is wrong with one row, and what to do; the reader adds file and row."""
-
-    def __init__(self, what: str, instead: str = "") -> None:
-        super().__init__(what)
-        self.what, self.instead = what, instead
-
-    def at(self, where: str) -> Problem:
-        """The fault with its place."""
-        return Problem(self.what, where, self.instead)
-
-
-class LastFault(RowFault):
-    """A fault after which the file cannot be read on: it is refused even where faulty rows are dropped."""
+# By ending; any other is read as JSONL.
+FORMATS: dict[str, Callable[[DataFile], Iterator[tuple[int, Read]]]] = {
+    ".jsonl": read_lines,
+    ".ndjson": read_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+}
 
 
-def open_rows(path: Path) -> Iterator[tuple[str, Row | RowFault]]:
+def open_rows(location: Location) -> Iterator[tuple[str, Read]]:
     """Each row's place ("FILE row N", from 1) and its object, or what is wrong with it, as they are asked for.
 
     Raises:
-        TenureError: a file without rows.
+        TenureError: there is no file, or none holds a row.
     """
-    count = 0
-    for where, line in _lines(path):
-        count += 1
-        yield where, line if isinstance(line, RowFault) else _parsed(line)
+    count, before, name = 0, 0, ""
+    for file in files_of(location):
+        before = before if file.name == name else 0
+        name, number = file.name, 0
+        for number, row in _read(file):
+            count += 1
+            yield f"{name} row {before + number}", row
+        before += number
     if not count:
-        raise TenureError(Problem("the file holds no rows", str(path), "write one JSON object per line"))
+        raise TenureError(Problem("the file holds no rows", str(location), "write one JSON object per line"))
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def read_rows(location: Location) -> Iterator[tuple[str, Row]]:
     """Each row's place and its object, as they are asked for.
 
     Raises:
-        TenureError: the first row that cannot be read, or a file without rows.
+        TenureError: there is no file or no row; or the first row that cannot be read.
     """
-    for where, row in open_rows(path):
+    for where, row in open_rows(location):
         if isinstance(row, RowFault):
             raise TenureError(row.at(where))
         yield where, row
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes | RowFault]]:
-    """Each line that is not blank, with its place; a byte order mark at the start of the file is passed over."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(_bounded_lines(stream), start=1):
-            where = f"{path} row {number}"
-            if isinstance(line, RowFault):
-                yield where, line
-                return
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if text.strip():
-                yield where, text.rstrip(b"\r\n")
-
-
-def _bounded_lines(stream: BinaryIO) -> Iterator[bytes | RowFault]:
-    while line := stream.readline(MAX_ROW_BYTES + 1):
-        if len(line) > MAX_ROW_BYTES:
-            yield too_long()
-            return
-        yield line
-
-
-def too_long() -> LastFault:
-    """A row without an end in sight."""
-    what = f"the row is longer than {MAX_ROW_BYTES // 2**20} MiB"
-    return LastFault(what, "write one JSON object per line, and cut such a text into several rows")
-
-
-def _parsed(line: bytes) -> Row | RowFault:
+def _read(file: DataFile) -> Iterator[tuple[int, Read]]:
+    """The numbered rows of one file; a damaged file ends with a fault in the row that could not be read."""
+    number = 0
     try:
-        return parse(line)
-    except RowFault as fault:
-        return fault
+        for number, row in FORMATS.get(file.ending, read_lines)(file):
+            yield number, row
+    except _faults_of(file) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        yield number + 1, LastFault(f"the file is damaged, or not what its ending says: {reason[0]}", _AGAIN)
 
 
-def parse(line: bytes) -> Row:
-    """The object in a line of JSON.
+_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
+_AGAIN = "write or fetch the file again"
 
-    Raises:
-        RowFault: there is none.
-    """
-    try:
-        row = json.loads(line.decode("utf-8"))
-        if b"\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowFault(f"not UTF-8 (byte {error.start})", "save the file as UTF-8") from None
-    except UnicodeEncodeError:
-        raise RowFault(
-            "half of a surrogate pair, which is no character", r"write both halves of \ud83d\ude00"
-        ) from None
-    except json.JSONDecodeError as error:
-        what = f"not valid JSON: {error.msg} at column {error.colno}"
-        raise RowFault(what, "write one JSON object per line") from None
-    except ValueError as error:
-        raise RowFault(f"not valid JSON: {error}", "write such a number as text") from None
-    except RecursionError:
-        raise RowFault("nested too deeply", "write one flat JSON object per line") from None
-    if not isinstance(row, dict):
-        raise RowFault(f"a {type(row).__name__}, not an object", 'write {"column": value, ...}')
-    return row
+
+def _faults_of(file: DataFile) -> tuple[type[Exception], ...]:
+    """The errors that a damaged file gives; pyarrow, which has its own, is loaded only for files that it reads."""
+    if file.ending in (".parquet", ".arrow") or file.path.endswith(".zst"):
+        import pyarrow
+
+        return (*_DAMAGED, pyarrow.ArrowException, ValueError, KeyError)
+    return _DAMAGED

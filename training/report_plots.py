@@ -64,14 +64,14 @@ def draw_changes(suites: Sequence[SuiteScore]) -> str:
     panels = [[suite for suite in suites if is_share(suite) is share] for share in (True, False)]
     panels = [panel for panel in panels if panel]
     heights = [0.55 * len(panel) + 0.62 for panel in panels]
-    with _figure(sum(heights)) as figure:
+    with open_figure(sum(heights)) as figure:
         top = sum(heights)
         for panel, height in zip(panels, heights, strict=True):
             bottom = (top - height + 0.55) / sum(heights)
             axes = figure.add_axes((0.0, bottom, 0.98, (height - 0.62) / sum(heights)))
             _draw_panel(axes, panel)
             top -= height
-        return _to_svg(figure, "changes", "Change of every suite with its 95 % interval")
+        return to_svg(figure, "changes", "Change of every suite with its 95 % interval")
 
 
 def draw_curves(name: str, lines: Sequence[Line], title: str, across: str = "step") -> str:
@@ -85,19 +85,21 @@ def draw_curves(name: str, lines: Sequence[Line], title: str, across: str = "ste
 
     legend_inches = 0.22 * ((len(lines) + 1) // 2) + 0.15 if len(lines) > 1 else 0.0
     height = 2.55 + legend_inches
-    with _figure(height) as figure:
+    with open_figure(height) as figure:
         axes = figure.add_axes((0.14, (0.53 + legend_inches) / height, 0.82, 1.92 / height))
         for index, line in enumerate(lines):
             _draw_line(axes, index, line)
         _style_axes(axes)
-        axes.set_xlabel(across, color=_light("muted"))
+        axes.set_xlabel(across, color=light_colour("muted"))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=across == "step"))
         if max(abs(value) for line in lines for _, value in line.points) < 0.01:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _small_tick(value)))
-        axes.grid(axis="y", color=_light("rule"), linewidth=0.8)
+        axes.grid(axis="y", color=light_colour("rule"), linewidth=0.8)
         if legend_inches:
-            figure.legend(loc="lower left", ncols=2, frameon=False, labelcolor=_light("ink"), bbox_to_anchor=(0.1, 0))
-        return _to_svg(figure, name, title)
+            figure.legend(
+                loc="lower left", ncols=2, frameon=False, labelcolor=light_colour("ink"), bbox_to_anchor=(0.1, 0)
+            )
+        return to_svg(figure, name, title)
 
 
 def draw_histogram(name: str, edges: Sequence[float], counts: Sequence[int], title: str, limit: float) -> str:
@@ -109,25 +111,25 @@ def draw_histogram(name: str, edges: Sequence[float], counts: Sequence[int], tit
     """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    with _figure(2.3) as figure:
+    with open_figure(2.3) as figure:
         axes = figure.add_axes((0.14, 0.24, 0.82, 0.68))
-        axes.stairs(counts, edges, fill=True, color=_light("accent"), edgecolor=_light("accent"))
+        axes.stairs(counts, edges, fill=True, color=light_colour("accent"), edgecolor=light_colour("accent"))
         if edges[0] > 0 and edges[-1] - edges[-2] > 2 * (edges[1] - edges[0]):
             axes.set_xscale("log")
         if limit <= edges[-1]:
             _mark_limit(axes, limit)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-        axes.set_xlabel("tokens a row", color=_light("muted"))
-        axes.grid(axis="y", color=_light("rule"), linewidth=0.8)
+        axes.set_xlabel("tokens a row", color=light_colour("muted"))
+        axes.grid(axis="y", color=light_colour("rule"), linewidth=0.8)
         axes.set_axisbelow(True)
         _style_axes(axes)
-        return _to_svg(figure, name, title)
+        return to_svg(figure, name, title)
 
 
 def _mark_limit(axes: Axes, limit: float) -> None:
     """A line at the longest row allowed, its name on the side with more room."""
-    axes.axvline(limit, color=_light("warn"), linewidth=1.6, linestyle="--")
+    axes.axvline(limit, color=light_colour("warn"), linewidth=1.6, linestyle="--")
     across, _ = axes.transLimits.transform(axes.transScale.transform((limit, 1)))
     side = 1 if across < 0.6 else -1
     axes.annotate(
@@ -138,7 +140,7 @@ def _mark_limit(axes: Axes, limit: float) -> None:
         textcoords="offset points",
         ha="left" if side > 0 else "right",
         va="top",
-        color=_light("warn"),
+        color=light_colour("warn"),
     )
 
 
@@ -147,12 +149,12 @@ def points_per_mean(points: Sequence[tuple[float, float]]) -> int:
     return -(-len(points) // _MAX_POINTS) if points else 1
 
 
-def _light(name: str) -> str:
+def light_colour(name: str) -> str:
     return COLOURS[name][0]
 
 
 @contextmanager
-def _figure(height_inches: float) -> Iterator[Figure]:
+def open_figure(height_inches: float) -> Iterator[Figure]:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -167,32 +169,38 @@ def _draw_panel(axes: Axes, suites: Sequence[SuiteScore]) -> None:
     # Short lines, row by row: one through the whole panel would cross the words.
     rows = range(len(suites))
     axes.vlines(
-        [0.0] * len(suites), [r - 0.24 for r in rows], [r + 0.24 for r in rows], colors=_light("muted"), linewidth=1
+        [0.0] * len(suites),
+        [r - 0.24 for r in rows],
+        [r + 0.24 for r in rows],
+        colors=light_colour("muted"),
+        linewidth=1,
     )
     axes.set_ylim(len(suites) - 0.6, -0.75)
     axes.margins(x=0.08)
     axes.set_yticks([])
     _style_axes(axes)
     unit = "percentage points" if scale > 1 else " or ".join(dict.fromkeys(suite.unit for suite in suites))
-    axes.set_xlabel(f"worse ← {unit} → better", color=_light("muted"))
+    axes.set_xlabel(f"worse ← {unit} → better", color=light_colour("muted"))
 
 
 def _draw_change(axes: Axes, row: int, suite: SuiteScore, scale: float) -> None:
     target = suite.role == "target"
-    colour = _light("accent" if target else "warn")
+    colour = light_colour("accent" if target else "warn")
     low, high = (value * scale for value in suite.interval)
     least = least_change(suite) * scale
     axes.plot([low, high], [row, row], color=colour, linewidth=2.5, solid_capstyle="round", zorder=2)
     axes.plot([suite.change * scale], [row], marker="o" if target else "s", markersize=7, color=colour, zorder=3)
-    axes.vlines(least, row - 0.22, row + 0.22, colors=_light("ink"), linewidth=1.5, linestyle=(0, (2, 1)), zorder=4)
+    axes.vlines(
+        least, row - 0.22, row + 0.22, colors=light_colour("ink"), linewidth=1.5, linestyle=(0, (2, 1)), zorder=4
+    )
     across = axes.get_yaxis_transform()
     value = f"{change_text(suite, suite.change)} {interval_text(suite)}"
-    axes.text(0, row - 0.38, _short(suite.name), transform=across, color=_light("ink"), fontweight="bold")
+    axes.text(0, row - 0.38, shortened(suite.name), transform=across, color=light_colour("ink"), fontweight="bold")
     note = value if suite.kept else f"{SIGNS[suite.verdict]} {value}"
-    axes.text(1, row - 0.38, note, transform=across, ha="right", color=_light("ink"))
+    axes.text(1, row - 0.38, note, transform=across, ha="right", color=light_colour("ink"))
 
 
-def _short(name: str, limit: int = 20) -> str:
+def shortened(name: str, limit: int = 20) -> str:
     """The name with its middle left out where it would run into the figures beside it."""
     half = limit // 2
     return name if len(name) <= limit else f"{name[:half]}…{name[-half + 1 :]}"
@@ -202,9 +210,9 @@ def _draw_line(axes: Axes, index: int, line: Line) -> None:
     points = _thinned(line.points)
     steps, values = [step for step, _ in points], [value for _, value in points]
     marker = _MARKERS[index % len(_MARKERS)] if len(points) <= 40 else ""
-    colour = _light(_SERIES[index % len(_SERIES)])
+    colour = light_colour(_SERIES[index % len(_SERIES)])
     dash = _DASHES[index % len(_DASHES)]
-    axes.plot(steps, values, dash, marker=marker, markersize=4, linewidth=1.6, color=colour, label=_short(line.name))
+    axes.plot(steps, values, dash, marker=marker, markersize=4, linewidth=1.6, color=colour, label=shortened(line.name))
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -224,11 +232,11 @@ def _small_tick(value: float) -> str:
 
 def _style_axes(axes: Axes) -> None:
     axes.patch.set_visible(False)
-    axes.spines["bottom"].set_color(_light("rule"))
-    axes.tick_params(colors=_light("muted"), color=_light("rule"), length=3)
+    axes.spines["bottom"].set_color(light_colour("rule"))
+    axes.tick_params(colors=light_colour("muted"), color=light_colour("rule"), length=3)
 
 
-def _to_svg(figure: Figure, name: str, title: str) -> str:
+def to_svg(figure: Figure, name: str, title: str) -> str:
     """The figure as an inline SVG element: colours from CSS, ids of its own, no namespace or metadata address."""
     figure.patch.set_visible(False)
     out = StringIO()

@@ -1,21 +1,22 @@
-"""Turns rows into training examples, one at a time, naming the row of every fault."""
+"""Turns rows into training examples and test items, one at a time, naming the row of every fault."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from training.errors import Problem, raise_all
-from training.readers import LastFault, Row, RowFault, open_rows
+from training.locations import Location
+from training.readers import open_rows
+from training.row import LastFault, Row, RowFault
 from training.section import Learn, Source
+from training.shapes import as_messages, check_order, is_turns, recognised
 from training.strategy import Prompts
 from training.templating import fill, fill_text
+from training.turns import Messages, checked_tools, checked_turns
 
 MAX_PROBLEMS = 20
-ROLES = ("system", "user", "assistant", "tool")
-Messages = tuple[dict[str, Any], ...]
 Built = TypeVar("Built")
 
 
@@ -99,11 +100,12 @@ def examples(source: Source, faults: Faults | None = None) -> Iterator[Example]:
         "preference": _preference,
         "text": _passage,
     }
+    source = recognised(source)
     build = builders[source.form]
     return rows_of(source.path, lambda row, where: build(source, row, where), faults or Faults())
 
 
-def rows_of(path: Path, build: Callable[[Row, str], Built], faults: Faults) -> Iterator[Built]:
+def rows_of(path: Location, build: Callable[[Row, str], Built], faults: Faults) -> Iterator[Built]:
     for where, row in open_rows(path):
         try:
             if isinstance(row, RowFault):
@@ -149,7 +151,8 @@ def _filled(column: str, row: Row) -> str:
 
 
 def _conversation(source: Source, row: Row, where: str) -> Conversation:
-    return Conversation(_messages(source, row), where, learn=source.learn)
+    tools = checked_tools(row.get(source.tools), source.tools) if source.messages else ()
+    return Conversation(_messages(source, row), where, tools, source.learn)
 
 
 def _passage(source: Source, row: Row, where: str) -> Passage:
@@ -159,40 +162,47 @@ def _passage(source: Source, row: Row, where: str) -> Passage:
 
 def _messages(source: Source, row: Row) -> Messages:
     if source.messages is not None:
-        return checked_turns(row, source.messages)
+        return turns_of(as_messages(row.get(source.messages)), source.messages, row)
     assert source.completion is not None
     return (*_prompt_turns(source, row), {"role": "assistant", "content": non_empty(source.completion, row)})
 
 
+def turns_of(given: Any, column: str, row: Row) -> Messages:
+    return check_order(checked_turns(given, column, ", ".join(row)))
+
+
 def _prompt_turns(source: Source, row: Row) -> Messages:
-    assert source.prompt is not None
-    system = ({"role": "system", "content": fill_text(source.system, row)},) if source.system else ()
-    return (*system, {"role": "user", "content": fill(source.prompt, row)})
+    if source.prompt is None:
+        return ()
+    filled = fill_text(source.system, row) if source.system else ""
+    system = ({"role": "system", "content": filled},) if filled.strip() else ()
+    turns = as_messages(row.get(source.prompt))
+    return (*system, *turns) if is_turns(turns) else (*system, _user(source.prompt, row))
+
+
+def _user(prompt: str, row: Row) -> Row:
+    return {"role": "user", "content": fill(prompt, row)}
 
 
 def _preference(source: Source, row: Row, where: str) -> Preference:
-    assert source.chosen is not None
-    assert source.rejected is not None
-    prompt = _prompt_turns(source, row)
-    chosen, rejected = non_empty(source.chosen, row), non_empty(source.rejected, row)
+    chosen, rejected = (_answered(source, row, column) for column in (source.chosen, source.rejected))
     if chosen == rejected:
         raise RowFault("the chosen and the rejected answer are the same: the pair teaches nothing", "remove the row")
-    answers = ((*prompt, {"role": "assistant", "content": answer}) for answer in (chosen, rejected))
-    return Preference(*(Conversation(messages, where) for messages in answers))
+    if chosen[:-1] != rejected[:-1]:
+        raise RowFault("the turns before the chosen and the rejected answer differ", "give both the same ones")
+    return Preference(*(Conversation(messages, where, learn="last") for messages in (chosen, rejected)))
 
 
-def checked_turns(row: Row, column: str) -> Messages:
-    turns = row.get(column)
-    if not isinstance(turns, list) or not turns:
-        raise RowFault(f"'{column}' is no list of turns", f"columns here: {', '.join(row)}")
-    for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
-            raise RowFault("a turn is no object with role and content", 'write {"role": "user", "content": "..."}')
-        if turn.get("role") not in ROLES:
-            raise RowFault(f"the role {turn.get('role')!r} is unknown", f"known: {', '.join(ROLES)}")
-    if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
-        raise RowFault("there is nothing to learn: the last turn is not a filled assistant turn", "end with one")
-    return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+def _answered(source: Source, row: Row, column: str | None) -> Messages:
+    """The prompt with one of its answers: a text, or turns, which may hold the prompt themselves."""
+    assert column is not None
+    if not isinstance(row.get(column), list | dict):
+        if source.prompt is None:
+            raise RowFault(f"'{column}' is no list of turns, and there is no prompt", "set prompt to a column")
+        return (*_prompt_turns(source, row), {"role": "assistant", "content": non_empty(column, row)})
+    turns = as_messages(row[column])
+    whole = turns if not isinstance(turns, list) or len(turns) > 1 else [*_prompt_turns(source, row), *turns]
+    return turns_of(whole, column, row)
 
 
 def non_empty(column: str, row: Row) -> str:

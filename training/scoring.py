@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from training.encoding import load_tokenizer
 from training.errors import fail
 from training.items import SuiteItem, read_items
+from training.locations import hash_data
 from training.metrics import ANSWER_METRICS, NATS
 from training.models import hash_file, hash_folder
 from training.scorecard import Probe
@@ -95,7 +96,7 @@ def protocol_of(spec: RunSpec, precision: str) -> dict[str, str | int | float | 
         protocol[f"suite.{suite.name}"] = json.dumps(settings, sort_keys=True)
         protocol[f"data.{suite.name}"] = _hash_of_data(suite)
         if isinstance(suite, ValidJson) and suite.json_schema is not None:
-            protocol[f"schema.{suite.name}"] = hash_file(suite.json_schema)
+            protocol[f"schema.{suite.name}"] = hash_file(Path(suite.json_schema))
     return protocol
 
 
@@ -104,7 +105,7 @@ def _hash_of_data(suite: AnySuite) -> str:
         from training.harness_tasks import hash_task
 
         return hash_task(suite)
-    return hash_file(suite.path)
+    return hash_data(suite.path)
 
 
 def protocol_hash(protocol: dict[str, Any], base: Path) -> str:

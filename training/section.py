@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
+from training.errors import TenureError
+from training.locations import files_of, is_url, missing_store
+
 Count = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
@@ -24,22 +27,33 @@ def fault(what: str, instead: str, at: tuple[str | int, ...] = ()) -> PydanticCu
     return PydanticCustomError("tenure", "{what}", {"what": what, "instead": instead, "at": at})
 
 
-def _existing_file(value: Any, info: ValidationInfo) -> Any:
-    """The path, absolute; refused when the file is missing or empty (unless files are not to be looked at)."""
+def _existing_data(value: Any, info: ValidationInfo) -> Any:
+    """A path, absolute, or a URL as it is; refused when there is nothing (unless files are not to be looked at)."""
     context = info.context or {}
     if not isinstance(value, str | Path) or not str(value):
-        raise fault("a path is wanted here", "give the path of a JSONL file")
-    path = Path(value).expanduser()
-    path = Path(os.path.abspath(Path(context.get("folder", ".")) / path))
-    if context.get("look_at_files", False):
-        if not path.is_file():
-            raise fault(f"there is no file {path}", "a relative path starts at the spec's own folder")
-        if path.stat().st_size == 0:
-            raise fault(f"the file {path} is empty", "write one JSON object per line")
+        raise fault("a path is wanted here", "give a file, a glob, a folder, or a URL such as s3://bucket/rows.jsonl")
+    looked_at = context.get("look_at_files", False)
+    if isinstance(value, str) and is_url(value):
+        missing = missing_store(value) if looked_at else None
+        if missing:
+            raise fault(*missing)
+        return value
+    path = Path(os.path.abspath(Path(context.get("folder", ".")) / Path(value).expanduser()))
+    if looked_at:
+        _look_at(path)
     return path
 
 
-DataFile = Annotated[Path, BeforeValidator(_existing_file)]
+def _look_at(path: Path) -> None:
+    try:
+        files = files_of(path)
+    except TenureError as error:
+        raise fault(error.problems[0].what, error.problems[0].instead) from None
+    if all(os.path.getsize(file.path) == 0 for file in files):
+        raise fault(f"the file {path} is empty", "write one JSON object per line")
+
+
+DataLocation = Annotated[Path | str, BeforeValidator(_existing_data)]
 
 
 class Section(BaseModel):
@@ -52,16 +66,18 @@ Learn = Literal["all", "last", "each"]
 
 
 class Source(Section):
-    """Training rows of a JSONL file, in one of four forms.
+    """Training rows of a file, a glob, a folder, a dataset of the hub or a URL, in one of four forms.
 
-    A prompt and a completion; chat messages; a prompt with a chosen and a rejected answer; or plain text.
+    A prompt and a completion; chat messages; a prompt with a chosen and a rejected answer; or plain text. Where no
+    column is named the form is recognised by those that there are.
     `prompt`, `completion`, `chosen`, `rejected` and `text` name a column, or are a Jinja template over columns when
     they hold `{{`; `system` is text, or such a template.
     `chat` says whether prompts are rendered by the model's chat template (auto: when it has one).
     `learn` says which of the assistant's turns are learned: all, the last, or each as a row of its own.
+    `tools` is the column of functions that may be called, where rows of messages have it.
     """
 
-    path: DataFile
+    path: DataLocation
     prompt: Text | None = None
     completion: Text | None = None
     chosen: Text | None = None
@@ -71,24 +87,35 @@ class Source(Section):
     system: Text | None = None
     chat: Flag | Literal["auto"] = "auto"
     learn: Learn = "all"
+    tools: Text = "tools"
 
     @property
     def form(self) -> Form:
-        """Which of the four forms the rows have."""
+        """Which of the four forms the rows have; unknown until they are looked at, where no column is named."""
+        if not self._given:
+            return "unknown"
         if self.messages is not None:
             return "messages"
         if self.text is not None:
             return "text"
         return "preference" if self.chosen is not None else "completion"
 
-    @model_validator(mode="after")
-    def _one_form(self) -> Source:
+    @property
+    def _given(self) -> set[str]:
         columns = ("prompt", "completion", "chosen", "rejected", "messages", "text")
-        given = {name for name in columns if getattr(self, name) is not None}
+        return {name for name in columns if getattr(self, name) is not None}
+
+    @model_validator(mode="after")
+    def _one_form(self, info: ValidationInfo) -> Source:
+        """The source with its columns, which are recognised where none is named and files may be looked at."""
+        if not self._given:
+            return self._recognised() if (info.context or {}).get("look_at_files") else self
+        given = self._given
         for alone in ("messages", "text"):
             if alone in given and (len(given) > 1 or self.system is not None):
                 raise fault(f"{alone} stand beside other columns", f"give {alone} alone", (alone,))
-        if given not in ({"messages"}, {"text"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"}):
+        pair = {"chosen", "rejected"}
+        if given not in ({"messages"}, {"text"}, {"prompt", "completion"}, pair, pair | {"prompt"}):
             instead = "set prompt and completion (or messages, or text, or prompt, chosen and rejected) to columns"
             raise fault("rows need a prompt and a completion", instead)
         if self.messages is not None and self.chat is False:
@@ -97,5 +124,14 @@ class Source(Section):
             raise fault("plain text has no chat turns", "remove chat: true", ("chat",))
         return self
 
+    def _recognised(self) -> Source:
+        from training.shapes import reason_of, recognised
 
-Form = Literal["completion", "messages", "preference", "text"]
+        try:
+            source: Source = recognised(self)
+        except TenureError as error:
+            raise fault(*reason_of(error)) from None
+        return source
+
+
+Form = Literal["completion", "messages", "preference", "text", "unknown"]

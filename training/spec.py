@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from training.peft_methods import PROMPT_METHODS
 from training.section import (
     Count,
     Flag,
@@ -90,6 +91,7 @@ class Training(Section):
     global_batch_size: Count = 32
     micro_batch_size: Count | Literal["auto"] = "auto"
     max_length: Count = 1024
+    packing: Flag | Literal["auto"] = "auto"
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: Natural = 0
     validation_items: Natural = 64
@@ -153,7 +155,7 @@ class RunSpec(Section):
     def _forms_fit(cls, value: Data, info: ValidationInfo) -> Data:
         objective: Sft | Lm | Dpo | Distill | None = info.data.get("objective")
         for index, source in enumerate(value.train):
-            if objective and source.form not in FORMS[objective.type]:
+            if objective and source.form not in (*FORMS[objective.type], "unknown"):
                 what = f"objective {objective.type} cannot learn from rows of the form {source.form}"
                 instead = f"give {' or '.join(FORMS[objective.type])}, or another objective"
                 raise fault(what, instead, ("train", index))
@@ -203,6 +205,18 @@ class RunSpec(Section):
             raise fault(
                 f"{size} does not divide by {what}", f"set global_batch_size: {nearest}", ("global_batch_size",)
             )
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _can_be_packed(cls, value: Training, info: ValidationInfo) -> Training:
+        objective, tuning = info.data.get("objective"), info.data.get("tuning")
+        if value.packing is True and objective and objective.type == "dpo":
+            what = "the two answers of a pair are compared, so they have to stand in rows of their own"
+            raise fault(what, "set packing: auto or false", ("packing",))
+        if value.packing is True and tuning and tuning.type in (*PROMPT_METHODS, "adaption_prompt"):
+            what = f"{tuning.type} sets its prompt before every row, where packed examples would share it"
+            raise fault(what, "set packing: auto or false", ("packing",))
         return value
 
     @field_validator("training")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from training.section import Count, DataFile, Flag, Name, Natural, NonNegative, Section, Text, fault
+from training.section import Count, DataLocation, Flag, Name, Natural, NonNegative, Section, Text, fault
 
 
 class _Promised(Section):
@@ -27,7 +27,7 @@ class _Promised(Section):
 class _Suite(_Promised):
     """A suite whose items are the rows of a file."""
 
-    path: DataFile
+    path: DataLocation
 
 
 class _Answering(_Suite):
@@ -131,11 +131,13 @@ class ValidJson(_Answering):
     needs_completion: ClassVar[bool] = False
 
     metric: Literal["json"]
-    json_schema: DataFile | None = None
+    json_schema: DataLocation | None = None
 
     @field_validator("json_schema")
     @classmethod
-    def _is_schema(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+    def _is_schema(cls, value: Path | str | None, info: ValidationInfo) -> Path | str | None:
+        if isinstance(value, str):
+            raise fault(f"{value} is no file of this machine", "give the path of a JSON Schema")
         if value is not None and (info.context or {}).get("look_at_files"):
             _check_schema(value)
         return value

@@ -20,7 +20,7 @@ class Targets:
     Attributes:
         logits: (targets, vocabulary); one row without meaning when the batch has no targets.
         ids: (targets,) the tokens that follow.
-        rows: (targets,) the batch's row that each stands in.
+        rows: (targets,) the example that each belongs to: the batch's row, or in packed rows its number.
     """
 
     logits: torch.Tensor
@@ -67,8 +67,10 @@ class TargetLogits:
         found = (following != IGNORE).nonzero().squeeze(1)
         self._length = labels.shape[1]
         self._index = found if found.numel() else labels.new_zeros(1)
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-        return Targets(logits, following[found], found // labels.shape[1])
+        positions = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
+        logits = model(input_ids=batch["input_ids"], **positions, use_cache=False).logits
+        rows = batch["examples"].flatten()[found] if "examples" in batch else found // labels.shape[1]
+        return Targets(logits, following[found], rows)
 
     def sum(self, model: Any, batch: Batch) -> torch.Tensor:
         """The cross-entropy in nats summed over the targets of a batch, as a scalar in fp32."""

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from training.readers import Row, RowFault
+from training.row import Row, RowFault
 
 
 def fill(column: str, row: Row) -> str:

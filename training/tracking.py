@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from training.errors import fail
 from training.judge import package_versions
 from training.lineage import run_of_model
-from training.models import hash_file, hash_folder
+from training.locations import hash_data
+from training.models import hash_folder
 from training.plan import Plan
 from training.quiet import be_quiet
 from training.report_metrics import PARTS
@@ -40,9 +41,9 @@ def collect_lineage(spec: RunSpec, spec_hash: str) -> dict[str, Any]:
         "spec": spec_hash,
         **({"parent": {"run": parent}} if parent else {}),
         **{name: {"path": path, "sha256": hash_folder(Path(path))} for name, path in models.items()},
-        "train": {str(path): hash_file(path) for path in sources},
-        **({"replay": {str(path): hash_file(path) for path in replay.files}} if replay else {}),
-        "suites": {str(path): hash_file(path) for path in suites},
+        "train": {str(path): hash_data(path) for path in sources},
+        **({"replay": {str(path): hash_data(path) for path in replay.files}} if replay else {}),
+        "suites": {str(path): hash_data(path) for path in suites},
         "packages": package_versions(),
         "commit": _commit(),
     }

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from training import checkpoint, export, tuning
 from training import engine as engines
+from training.apart import expect_apart
 from training.attach import Attached, attach_all, path_importance
 from training.batches import Schedule, collate, micro_batches, share
 from training.encoding import Encoded, load_tokenizer
@@ -27,6 +28,7 @@ from training.interpolate import interpolate
 from training.layout import Layout
 from training.models import hash_folder
 from training.objectives import Objective, make_objective
+from training.packing import packed_batches
 from training.plan import Plan
 from training.prepare import Prepared, load_prepared
 from training.spec import RunSpec
@@ -109,6 +111,8 @@ class Trainer:
             schedule=make_schedule(spec, plan, weighed.data),
             initial=initial,
         )
+        if plan.row_tokens:
+            expect_apart(engine, trainer.objective.head)
         # Adapters start alike on every worker; dropout must not, or all would drop the same units.
         seed_everything(spec.training.seed + 1 + dist.get_rank())
         trainer._resume()
@@ -189,7 +193,7 @@ class Trainer:
         started = time.monotonic()
         indices = self.schedule.batch(self.step)
         count = self.plan.workers * self.plan.accumulation_steps
-        batches = micro_batches(indices, self.data.lengths, self.plan.micro_batch_size, count)
+        batches = self._cut(indices, count)
         totals = self.objective.totals(indices)
         rate = engines.learning_rate(self.spec.training, self.plan, self.step)
         engines.set_learning_rate(self.engine.optimizer, rate)
@@ -204,6 +208,12 @@ class Trainer:
         dist.all_reduce(figures)
         self.step += 1
         self._log_step(figures.tolist(), rate, indices, totals.num_targets, time.monotonic() - started)
+
+    def _cut(self, indices: list[int], count: int) -> list[list[int]]:
+        """A global batch as `count` micro-batches."""
+        if self.plan.row_tokens:
+            return packed_batches(indices, self.data.lengths, self.plan.row_tokens, count)
+        return micro_batches(indices, self.data.lengths, self.plan.micro_batch_size, count)
 
     def _loss_sum(self, examples: Sequence[Encoded]) -> torch.Tensor:
         batch = collate(examples, self.tokenizer.pad_token_id)
