@@ -71,7 +71,8 @@ def plan_table(plan: Plan, replay: Replay | None = None) -> Table:
             f"accumulated x {plan.micro_batch_size}",
             **({"packing": f"rows of up to {plan.row_tokens:,} tokens"} if plan.row_tokens else {}),
             "steps": f"{plan.steps} ({plan.steps_per_epoch} an epoch)",
-            "examples": f"{plan.num_examples:,} ({plan.num_overlong} longer than max_length)",
+            "examples": f"{plan.num_examples:,} ({plan.num_overlong} longer than max_length"
+            + (f", {plan.num_untaught} without target tokens dropped)" if plan.num_untaught else ")"),
             "tokens": f"{plan.num_tokens_per_epoch:,} an epoch, {plan.num_target_tokens_per_epoch:,} carry loss",
             **({"replay": describe_replay(plan, replay.share)} if replay else {}),
             "memory": f"about {plan.memory_per_worker_bytes / GIB:.1f} GiB a worker (estimated)",

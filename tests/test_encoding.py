@@ -18,6 +18,7 @@ import training.chat
 from training.chat import render_prompt
 from training.encoding import (
     Encoded,
+    Untaught,
     encode,
     encode_all,
     encode_passages,
@@ -168,8 +169,13 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(tokenizer: PreTrainedTokeniz
         (f"{START}system\nYou add.{END}\n{START}user\n3+4?{END}\n{START}assistant\n", False),
         (f"It is 7.\n{END}", True),
     ]
-    with pytest.raises(TenureError, match="f row 2: every assistant turn has weight 0"):
-        encode(tokenizer, replace(SINGLE, messages=(*turns[3:4], turns[4]), where="f row 2"), chat=True)
+    for learn in LEARNS:
+        unlearned = replace(SINGLE, messages=turns[3:], where="f row 2", learn=learn)
+        with pytest.raises(TenureError, match="f row 2: no target token is left to learn"):
+            encode_all(tokenizer, [SINGLE, unlearned], True, 4096, "refuse")
+        untaught = Untaught(drop=True)
+        kept, _ = encode_all(tokenizer, [SINGLE, unlearned], True, 4096, "refuse", untaught)
+        assert (kept, untaught.count) == ([encode(tokenizer, SINGLE, chat=True)], 1)
 
 
 def merging(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -305,7 +311,6 @@ ASK, ANSWER = SINGLE.messages
         ((ASK, ANSWER, ASK), "the last turn is the user's: nothing to learn"),
         ((ASK, ANSWER | {"content": " "}, ASK, ANSWER), "the assistant's turn 2 is empty"),
         ((ANSWER, ASK, ANSWER), "the first turn is the assistant's"),
-        ((ASK, ANSWER | {"weight": 0}), "every assistant turn has weight 0"),
     ],
 )
 def test_turns_that_teach_nothing_are_told_by_row(
@@ -354,6 +359,16 @@ def test_overlong_rows_are_refused_dropped_or_truncated_and_counted(tokenizer: P
 def test_rows_whose_answer_is_cut_away_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(TenureError, match=r"f row 1: no target token is left to learn \(2 rows like this\)"):
         encode_all(tokenizer, of_lengths(3, 4), chat=False, max_length=2, overlong="truncate")
+
+
+def test_rows_and_pairs_without_targets_are_dropped_and_counted_where_asked(tokenizer: PreTrainedTokenizerFast) -> None:
+    long = Conversation(({"role": "user", "content": "q" * 9}, {"role": "assistant", "content": "7"}), "f row 1")
+    untaught = Untaught(drop=True)
+    kept, longer = encode_all(tokenizer, [long, *of_lengths(3)], False, 8, "truncate", untaught)
+    assert ([row.num_targets for row in kept], longer, untaught.count) == ([4], 1, 1)
+    pairs = [Preference(long, replace(long, messages=SINGLE.messages)), preference("xx", "yy")]
+    chosen, rejected, longer = encode_preferences(tokenizer, pairs, False, 8, "truncate", untaught)
+    assert (len(chosen), len(rejected), longer, untaught.count) == (1, 1, 1, 2)
 
 
 def test_the_first_token_is_no_target(tokenizer: PreTrainedTokenizerFast) -> None:

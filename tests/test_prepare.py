@@ -99,6 +99,40 @@ def test_a_run_whose_rows_were_all_dropped_is_refused(spec: RunSpec, workspace: 
         prepare(short, workspace)
 
 
+CALLING = "{% if tools %}{{ tools[0].function.name }}\n{% endif %}"
+
+
+def of_turns(spec: RunSpec, tmp_path: Path, rows: list[dict[str, object]]) -> RunSpec:
+    """The spec with rows of turns, and a model whose template writes tools."""
+    model = tmp_path / "calling"
+    shutil.copytree(spec.model, model)
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(CALLING + template)
+    write_rows(spec.data.train[0].path, rows)
+    columns = "prompt: question\n    completion: answer\nsuites"
+    return with_text(with_text(spec, columns, "messages: turns\nsuites"), spec.model, str(model))
+
+
+def test_turns_tools_and_what_is_learned_come_from_the_file(
+    spec: RunSpec, workspace: Workspace, tmp_path: Path
+) -> None:
+    ask, answer = {"role": "user", "content": "3+4"}, {"role": "assistant", "content": "7"}
+    turns, tool = [ask, answer, ask, answer | {"content": "07"}], {"name": "add", "parameters": {}}
+    rows: list[dict[str, object]] = [{"turns": turns, "tools": [tool]}, {"turns": [ask, answer | {"weight": 0}]}]
+    source = of_turns(spec, tmp_path, rows)
+    with pytest.raises(TenureError, match="row 2: no target token is left to learn"):
+        prepare(source, workspace)
+    source = with_text(source, "data:\n", "data:\n  untaught: drop\n")
+    told = {"all": [5], "last": [3], "each": [2, 3]}
+    for learn, targets in told.items():
+        chosen = with_text(source, "messages: turns", f"messages: turns\n    learn: {learn}")
+        prepared = load_prepared(prepare(chosen, workspace))
+        with_text(chosen, f"messages: turns\n    learn: {learn}", "messages: turns")
+        assert [row.num_targets for row in prepared.train] == targets
+        assert prepared.counts().num_untaught == 1
+        assert str(AutoTokenizer.from_pretrained(spec.model).decode(list(prepared.train[0].ids))).startswith("add\n")
+
+
 def test_messages_for_a_model_without_a_chat_template_are_refused(
     spec: RunSpec, workspace: Workspace, tmp_path: Path
 ) -> None:

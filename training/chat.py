@@ -63,15 +63,13 @@ def learned_turns(conversation: Conversation) -> list[int]:
     """The places of the assistant's turns that are learned: those of weight 0 are not, and `last` means the last turn.
 
     Raises:
-        TenureError: there is none, the conversation does not end with one, or one is empty.
+        TenureError: the conversation does not end with one, or one is empty.
     """
     messages, where = conversation.messages, conversation.where
     if messages[-1]["role"] != "assistant":
         raise fail(f"the last turn is the {messages[-1]['role']}'s: nothing to learn", where, "end with an answer")
     places = [place for place, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight", 1)]
     places = places[-1:] if conversation.learn == "last" else places
-    if not places:
-        raise fail("every assistant turn has weight 0: nothing to learn", where, "remove the row")
     for place in places:
         if not (str(messages[place].get("content") or "").strip() or messages[place].get("tool_calls")):
             raise fail(f"the assistant's turn {place + 1} is empty", where, "fill it, or remove the row")
@@ -264,14 +262,18 @@ def _refuse_what_is_left_out(tokenizer: PreTrainedTokenizerBase, conversation: C
     Raises:
         TenureError: it writes none of a part of them.
     """
-    marked, names = _with_marks(conversation)
-    if not names:
+    turns = conversation.messages
+    if not conversation.tools and not any(turn["role"] == "tool" or turn.keys() & _MAY_BE_LEFT_OUT for turn in turns):
         return
+    marked, names = _with_marks(conversation)
     text = _render(tokenizer, marked.messages, marked.tools, conversation.where, add_generation_prompt=False)
     missing = sorted({name for mark, name in names.items() if mark not in text})
     if missing:
         what = f"the model's chat template leaves out {', '.join(missing)}"
         raise fail(what, conversation.where, "remove them, or put another chat_template.jinja beside the model")
+
+
+_MAY_BE_LEFT_OUT = {"tool_calls", "reasoning_content"}
 
 
 def _with_marks(conversation: Conversation) -> tuple[Conversation, dict[str, str]]:

@@ -38,6 +38,14 @@ class Encoded:
         return sum(self.is_target[1:])
 
 
+@dataclass
+class Untaught:
+    """What becomes of rows of which no target token is left: they are refused, or dropped and counted."""
+
+    drop: bool = False
+    count: int = 0
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder, with a pad token (the end token where it has none).
 
@@ -150,23 +158,24 @@ def encode_all(
     chat: bool,
     max_length: int,
     overlong: str,
+    untaught: Untaught | None = None,
 ) -> tuple[list[Encoded], int]:
     """All examples encoded, and how many were longer than max_length (dropped or truncated as asked).
 
     Raises:
         TenureError: rows are longer and overlong is "refuse", or a row has no target token.
     """
-    rows = [row for split in _built(conversations, lambda one: _rows(one, chat)) for row in split]
+    rows = [row for split in _built(conversations, lambda one: split_rows(one, chat)) for row in split]
     encoded = _built(rows, lambda row: (encode(tokenizer, row, chat),))
-    kept, num_longer = _fit(encoded, [row.where for row in rows], max_length, overlong)
+    kept, num_longer = _fit(encoded, [row.where for row in rows], max_length, overlong, untaught)
     return [example for (example,), _ in kept], num_longer
 
 
-def _rows(conversation: Conversation, chat: bool) -> list[Conversation]:
+def split_rows(conversation: Conversation, chat: bool) -> list[Conversation]:
     """The rows that a conversation becomes: one, or one for every answer where each is to be learned by itself."""
     if not chat or conversation.learn != "each":
         return [conversation]
-    ends = [place + 1 for place in learned_turns(conversation)]
+    ends = [place + 1 for place in learned_turns(conversation)] or [len(conversation.messages)]
     return [replace(conversation, messages=conversation.messages[:end], learn="last") for end in ends]
 
 
@@ -191,6 +200,7 @@ def encode_preferences(
     chat: bool,
     max_length: int,
     overlong: str,
+    untaught: Untaught | None = None,
 ) -> tuple[list[Encoded], list[Encoded], int]:
     """The chosen and the rejected answers with their prompts, pair by pair, and how many pairs were overlong.
 
@@ -205,7 +215,7 @@ def encode_preferences(
         return encode(tokenizer, chosen, chat), encode(tokenizer, rejected, chat)
 
     encoded = _built(preferences, both)
-    kept, num_longer = _fit(encoded, [pair.chosen.where for pair in preferences], max_length, overlong)
+    kept, num_longer = _fit(encoded, [pair.chosen.where for pair in preferences], max_length, overlong, untaught)
     alike = [where for (chosen, rejected), where in kept if chosen == rejected]
     if alike:
         what = "the chosen and the rejected answer are the same tokens: the pair teaches nothing" + _and_more(alike)
@@ -243,7 +253,11 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> l
 
 
 def _fit(
-    groups: Sequence[tuple[Encoded, ...]], places: Sequence[str], max_length: int, overlong: str
+    groups: Sequence[tuple[Encoded, ...]],
+    places: Sequence[str],
+    max_length: int,
+    overlong: str,
+    untaught: Untaught | None,
 ) -> tuple[list[tuple[tuple[Encoded, ...], str]], int]:
     """The groups of rows that stand or fall together, each with its place, and how many were overlong."""
     longest = [max(len(row.ids) for row in group) for group in groups]
@@ -259,9 +273,13 @@ def _fit(
     else:
         kept = [(tuple(_cut(row, max_length) for row in group), where) for group, where in pairs]
     empty = [where for group, where in kept if not all(row.num_targets for row in group)]
-    if empty:
+    if empty and not (untaught and untaught.drop):
         what = "no target token is left to learn" + _and_more(empty)
-        raise TenureError(Problem(what, empty[0], "fill the completion, or raise training.max_length"))
+        instead = "fill the completion, raise training.max_length, or set data.untaught: drop"
+        raise TenureError(Problem(what, empty[0], instead))
+    if untaught and empty:
+        untaught.count += len(empty)
+        kept = [(group, where) for group, where in kept if all(row.num_targets for row in group)]
     return kept, len(longer)
 
 

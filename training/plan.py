@@ -66,6 +66,7 @@ class Plan:
     memory_per_worker_bytes: int
     disk_bytes: int
     row_tokens: int = 0
+    num_untaught: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class DataCounts:
     num_replay: int = 0
     num_replay_target_tokens: int = 0
     lengths: Numbers | None = field(default=None, compare=False)
+    num_untaught: int = 0
 
 
 def make_plan(
@@ -146,6 +148,7 @@ def make_plan(
         memory_per_worker_bytes=memory,
         disk_bytes=estimate_disk(spec, info, trainable) + estimate_signals(spec, counts),
         row_tokens=row_tokens(spec),
+        num_untaught=counts.num_untaught,
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from training.encoding import (
     Encoded,
+    Untaught,
     encode_all,
     encode_passages,
     encode_preferences,
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
 
 # Raised when the same files and settings come to give other token ids.
 _ENCODING_VERSION = 5
-# What a folder tells beside its rows: the files of validation items by suite, and two counts.
-TOLD = ("validation", "num_overlong", "longest_to_come")
+# What a folder tells beside its rows: the files of validation items by suite, and counts.
+TOLD = ("validation", "num_overlong", "longest_to_come", "num_untaught")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Prepared:
     """Encoded training examples, rows to replay, validation items of every suite, and how many rows were overlong.
 
     Of preference data `train` holds the chosen answers, and `rejected` the others in the same order; else that is
-    empty. `longest_to_come` bounds the tokens of the replay rows that the base writes (0 when it writes none).
+    empty. `longest_to_come` bounds the tokens of the replay rows that the base writes (0 when it writes none);
+    `num_untaught` rows were dropped because they had no target token.
     Rows are read from disk as they are asked for; their lengths and numbers of targets need no look at the tokens.
     """
 
@@ -68,6 +70,7 @@ class Prepared:
     rejected: Sequence[Encoded] = ()
     replay: Sequence[Encoded] = ()
     longest_to_come: int = 0
+    num_untaught: int = 0
 
     @cached_property
     def examples(self) -> Sequence[Encoded]:
@@ -107,6 +110,7 @@ class Prepared:
             lengths=self.lengths,
             num_replay=len(self.replay),
             num_replay_target_tokens=int(targets_of(self.replay).sum(dtype="int64")),
+            num_untaught=self.num_untaught,
         )
 
 
@@ -146,6 +150,7 @@ def load_prepared(path: Path) -> Prepared:
         rejected=StoredRows(path / "rejected.arrow"),
         replay=StoredRows(path / "replay.arrow"),
         longest_to_come=told["longest_to_come"],
+        num_untaught=told["num_untaught"],
     )
 
 
@@ -155,7 +160,7 @@ def _write(folder: Path, prepared: Prepared) -> None:
     for file, rows in (files | {validation[name]: rows for name, rows in prepared.validation.items()}).items():
         with RowWriter(folder / file) as writer:
             writer.write_rows(rows)
-    told = (validation, prepared.num_overlong, prepared.longest_to_come)
+    told = (validation, prepared.num_overlong, prepared.longest_to_come, prepared.num_untaught)
     write_meta(folder, dict(zip(TOLD, told, strict=True)))
 
 
@@ -190,6 +195,7 @@ def _encode(spec: RunSpec, written: Path | None) -> Prepared:
         rejected=tuple(train.rejected),
         replay=tuple(replay),
         longest_to_come=longest_to_come,
+        num_untaught=train.num_untaught + replayed.num_untaught,
     )
 
 
@@ -200,9 +206,12 @@ class EncodedSource:
     examples: list[Encoded]
     num_overlong: int
     rejected: Sequence[Encoded] = ()
+    num_untaught: int = 0
 
 
-def encode_source(tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int, overlong: str) -> EncodedSource:
+def encode_source(
+    tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int, overlong: str, untaught: str = "refuse"
+) -> EncodedSource:
     """All rows of a source, whatever its form; of text, num_overlong counts those that were cut into pieces.
 
     Raises:
@@ -211,11 +220,13 @@ def encode_source(tokenizer: PreTrainedTokenizerBase, source: Source, max_length
     if source.form == "text":
         return EncodedSource(*encode_passages(tokenizer, read_passages(source), max_length))
     chat = wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
+    lost = Untaught(drop=untaught == "drop")
     if source.form == "preference":
         pairs = read_preferences(source)
-        chosen, rejected, num_overlong = encode_preferences(tokenizer, pairs, chat, max_length, overlong)
-        return EncodedSource(chosen, num_overlong, rejected)
-    return EncodedSource(*encode_all(tokenizer, read_conversations(source), chat, max_length, overlong))
+        chosen, rejected, num_overlong = encode_preferences(tokenizer, pairs, chat, max_length, overlong, lost)
+        return EncodedSource(chosen, num_overlong, rejected, lost.count)
+    examples, num_overlong = encode_all(tokenizer, read_conversations(source), chat, max_length, overlong, lost)
+    return EncodedSource(examples, num_overlong, (), lost.count)
 
 
 @contextmanager
@@ -244,11 +255,13 @@ def _encode_sources(
     encoded: list[EncodedSource] = []
     for source in sources:
         with _gathered(problems):
-            encoded.append(encode_source(tokenizer, source, spec.training.max_length, spec.data.overlong))
+            asked = (spec.training.max_length, spec.data.overlong, spec.data.untaught)
+            encoded.append(encode_source(tokenizer, source, *asked))
     return EncodedSource(
         examples=[row for one in encoded for row in one.examples],
         num_overlong=sum(one.num_overlong for one in encoded),
         rejected=[row for one in encoded for row in one.rejected],
+        num_untaught=sum(one.num_untaught for one in encoded),
     )
 
 

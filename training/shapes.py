@@ -134,7 +134,7 @@ def as_messages(value: Any) -> Any:
 
 def _translated(turn: Row) -> Row:
     role, text = turn["from"], turn.get("value")
-    if role not in _SHAREGPT_ROLES:
+    if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
         raise RowFault(f"the role {role!r} is unknown", f"known: {', '.join(_SHAREGPT_ROLES)}")
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _calls(text)}

@@ -59,6 +59,7 @@ class Data(Section):
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     overlong: Literal["refuse", "drop", "truncate"] = "refuse"
+    untaught: Literal["refuse", "drop"] = "refuse"
     max_overlap: Fraction = 0.02
     allow_overlap: tuple[Name, ...] = ()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training.encoding import Encoded, encode, wants_chat
+from training.encoding import Encoded, encode, split_rows, wants_chat
 from training.inspection.figures import Lengths
 from training.rows import Example, Passage, Preference
 from training.section import Source
@@ -31,13 +31,15 @@ class RowEncoder:
         self._chat = source.form != "text" and wants_chat(chat, tokenizer, str(Path(source.path)))
 
     def encode(self, example: Example) -> tuple[Encoded, ...]:
-        """One row, or the chosen and the rejected of a pair; a text whole, with its end token."""
+        """A row (or one for every answer, where each is learned by itself), both of a pair, or a text whole."""
         if isinstance(example, Passage):
             assert self._tokenizer.eos_token_id is not None
             ids = (*prompt_ids(self._tokenizer, example.text), int(self._tokenizer.eos_token_id))
             return (Encoded(ids, (False,) + (True,) * (len(ids) - 1)),)
-        pair = (example.chosen, example.rejected) if isinstance(example, Preference) else (example,)
-        return tuple(encode(self._tokenizer, conversation, self._chat) for conversation in pair)
+        rows = (
+            (example.chosen, example.rejected) if isinstance(example, Preference) else split_rows(example, self._chat)
+        )
+        return tuple(encode(self._tokenizer, row, self._chat) for row in rows)
 
 
 class TokenCounts:
