@@ -16,6 +16,8 @@ from training.encoding import Encoded, load_tokenizer, preview
 from training.lineage import describe_lineage
 from training.plan import GIB, Plan, describe_replay
 from training.prepare import load_prepared
+from training.rows import count_faults
+from training.section import Source
 from training.shapes import describe_source
 from training.spec import RunSpec
 from training.strategy import Replay
@@ -43,6 +45,7 @@ def show_check(spec_path: Path, workspace: Workspace) -> None:
         console.print(Text.assemble(("weak suite ", "yellow"), line))
     for source in spec.data.train:
         console.print(f"rows of {source.path}: {describe_source(source)}", soft_wrap=True, markup=False)
+        tell_dropped(console, source)
     tokenizer = load_tokenizer(Path(spec.model))
     console.print("the first examples; [bold green]green[/] tokens carry loss, others are only read:")
     data = load_prepared(prepared)
@@ -50,6 +53,15 @@ def show_check(spec_path: Path, workspace: Workspace) -> None:
         console.print(preview_text(data.train[index], tokenizer), soft_wrap=True)
         if data.rejected:
             console.print(Text("rejected: ") + preview_text(answer_of(data.rejected[index]), tokenizer), soft_wrap=True)
+
+
+def tell_dropped(console: Console, source: Source) -> None:
+    """How many faulty rows of a source are dropped, and the first of them; nothing where there is none."""
+    faults = count_faults(source)
+    if faults.count:
+        console.print(f"{faults.count} faulty rows are dropped, the first of them:", soft_wrap=True)
+        for problem in faults.first[:PREVIEWED]:
+            console.print(f"  {problem.where}: {problem.what}", soft_wrap=True, markup=False)
 
 
 def tell_lineage(console: Console, spec: RunSpec, workspace: Workspace) -> None:

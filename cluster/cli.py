@@ -280,6 +280,14 @@ def fetch(context: click.Context) -> None:
 
 
 @cli.command()
+def templates() -> None:
+    """Print the library of prompt templates, for `templates: {library: ...}` in a source of rows."""
+    from training.instructions import page
+
+    click.echo(page(), nl=False)
+
+
+@cli.command()
 @click.argument("of", type=click.Choice(["spec", "scorecard", "comparison"]), default="spec")
 @click.option("--sequence", "of_sequence", is_flag=True, help="Of a sequence of tasks.")
 def schema(of: str, of_sequence: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tiny import CHAT_TEMPLATE, END
 from tiny_spec import write_rows, write_tiny_spec
 
 from training.encoding import load_tokenizer
+from training.errors import TenureError
 from training.inspection.duplicates import SIMILARITY, DuplicateSearch
 from training.inspection.figures import DataReport, Finding
 from training.inspection.labels import LabelCounts, is_unbalanced
@@ -21,8 +23,9 @@ from training.inspection.languages import SAMPLED, LanguageSample, load_identifi
 from training.inspection.oddities import TEXTS, find_oddities
 from training.inspection.page import render_page
 from training.inspection.private import find_private, is_iban, mask_private, passes_luhn
-from training.inspection.samples import Sample
+from training.inspection.samples import Sample, sample_of
 from training.inspection.survey import survey
+from training.rows import Conversation
 from training.specfile import load_spec
 from training.workspace import Workspace
 
@@ -301,3 +304,35 @@ def test_a_row_that_cannot_be_read_ends_the_command_as_it_ends_a_run(tiny_model:
 
 def test_the_tiny_template_is_the_one_that_lengths_were_counted_for(tiny_model: Path) -> None:
     assert load_tokenizer(tiny_model).chat_template == CHAT_TEMPLATE
+
+
+def test_only_learned_turns_are_answers() -> None:
+    def say(role: str, content: str, **more: Any) -> dict[str, Any]:
+        return {"role": role, "content": content, **more}
+
+    call = [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]
+    turns = (
+        say("system", "s"),
+        say("user", "u1"),
+        say("assistant", "a1", weight=0),
+        say("user", "u2"),
+        say("assistant", "", tool_calls=call),
+        say("tool", "t"),
+        say("assistant", "a2"),
+    )
+    sample = sample_of(Conversation(turns, "here"))
+    assert (sample.system, sample.prompt) == ("s", "u1\na1\nu2\nt")
+    assert sample.answer == f"{json.dumps(call)}\na2"
+    assert sample_of(Conversation(turns, "here", learn="last")).answer == "a2"
+
+
+def test_every_row_that_cannot_be_encoded_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    refusal = "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('no bad words') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refusal + CHAT_TEMPLATE)
+    with pytest.raises(TenureError) as caught:
+        report_of(tmp_path, model, [{"question": text, "answer": "2"} for text in ("a bad one", "a good one", "bad")])
+    assert [problem.where for problem in caught.value.problems] == [
+        f"{tmp_path / 'train.jsonl'} row 1",
+        f"{tmp_path / 'train.jsonl'} row 3",
+    ]

@@ -210,7 +210,12 @@ class EncodedSource:
 
 
 def encode_source(
-    tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int, overlong: str, untaught: str = "refuse"
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    max_length: int,
+    overlong: str,
+    untaught: str = "refuse",
+    seed: int = 0,
 ) -> EncodedSource:
     """All rows of a source, whatever its form; of text, num_overlong counts those that were cut into pieces.
 
@@ -222,10 +227,10 @@ def encode_source(
     chat = wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
     lost = Untaught(drop=untaught == "drop")
     if source.form == "preference":
-        pairs = read_preferences(source)
+        pairs = read_preferences(source, seed)
         chosen, rejected, num_overlong = encode_preferences(tokenizer, pairs, chat, max_length, overlong, lost)
         return EncodedSource(chosen, num_overlong, rejected, lost.count)
-    examples, num_overlong = encode_all(tokenizer, read_conversations(source), chat, max_length, overlong, lost)
+    examples, num_overlong = encode_all(tokenizer, read_conversations(source, seed), chat, max_length, overlong, lost)
     return EncodedSource(examples, num_overlong, (), lost.count)
 
 
@@ -255,7 +260,7 @@ def _encode_sources(
     encoded: list[EncodedSource] = []
     for source in sources:
         with _gathered(problems):
-            asked = (spec.training.max_length, spec.data.overlong, spec.data.untaught)
+            asked = (spec.training.max_length, spec.data.overlong, spec.data.untaught, spec.training.seed)
             encoded.append(encode_source(tokenizer, source, *asked))
     return EncodedSource(
         examples=[row for one in encoded for row in one.examples],
@@ -281,12 +286,14 @@ def _content_key(spec: RunSpec, written: Path | None) -> str:
     replay = spec.protection(Replay)
     files += replay.files if replay else ()
     files += [written] if written else []
+    sources = (*spec.data.train, *_replay_sources(spec))
     parts = {
         "encoding": _ENCODING_VERSION,
         "files": [hash_data(file) for file in files],
         "data": spec.data.model_dump(mode="json"),
         "replay": replay.model_dump(mode="json", exclude={"share"}) if replay else None,
         "suites": spec.suites.model_dump(mode="json"),
+        "seed": spec.training.seed if any(one.templates for one in sources) else None,
         "max_length": spec.training.max_length,
         "validation_items": spec.training.validation_items,
     }

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from training.errors import Problem, raise_all
+from training.instructions import LIBRARY, draw
 from training.locations import Location
 from training.readers import open_rows
 from training.row import LastFault, Row, RowFault
-from training.section import Learn, Source
+from training.section import Learn, Library, Source
 from training.shapes import as_messages, check_order, is_turns, recognised
 from training.strategy import Prompts
 from training.templating import fill, fill_text
@@ -85,11 +87,12 @@ class Faults:
 Example = Conversation | Preference | Passage
 
 
-def examples(source: Source, faults: Faults | None = None) -> Iterator[Example]:
+def examples(source: Source, faults: Faults | None = None, seed: int = 0) -> Iterator[Example]:
     """The training examples of a source in its rows' order, as they are asked for.
 
     Args:
-        faults: what becomes of rows that cannot be used; by default they are refused after the last row.
+        faults: what becomes of rows that cannot be used; by default what the source says.
+        seed: draws one of the source's templates for every row.
 
     Raises:
         TenureError: every row's fault at once (the first twenty).
@@ -102,7 +105,8 @@ def examples(source: Source, faults: Faults | None = None) -> Iterator[Example]:
     }
     source = recognised(source)
     build = builders[source.form]
-    return rows_of(source.path, lambda row, where: build(source, row, where), faults or Faults())
+    faults = faults or Faults(drop=source.faulty == "drop")
+    return rows_of(source.path, lambda row, where: build(source, prompted(source, row, seed), where), faults)
 
 
 def rows_of(path: Location, build: Callable[[Row, str], Built], faults: Faults) -> Iterator[Built]:
@@ -118,14 +122,22 @@ def rows_of(path: Location, build: Callable[[Row, str], Built], faults: Faults) 
     faults.close()
 
 
-def read_conversations(source: Source) -> list[Conversation]:
+def count_faults(source: Source) -> Faults:
+    """The rows of a source that are dropped, after a reading of all of them; nothing is read where none may be."""
+    faults = Faults(drop=True)
+    if source.faulty == "drop":
+        deque(examples(source, faults), maxlen=0)
+    return faults
+
+
+def read_conversations(source: Source, seed: int = 0) -> list[Conversation]:
     """All examples() of a source of the form completion or messages."""
-    return [example for example in examples(source) if isinstance(example, Conversation)]
+    return [example for example in examples(source, seed=seed) if isinstance(example, Conversation)]
 
 
-def read_preferences(source: Source) -> list[Preference]:
+def read_preferences(source: Source, seed: int = 0) -> list[Preference]:
     """All examples() of a source of the form preference."""
-    return [example for example in examples(source) if isinstance(example, Preference)]
+    return [example for example in examples(source, seed=seed) if isinstance(example, Preference)]
 
 
 def read_passages(source: Source) -> list[Passage]:
@@ -155,6 +167,22 @@ def _conversation(source: Source, row: Row, where: str) -> Conversation:
     return Conversation(_messages(source, row), where, tools, source.learn)
 
 
+PROMPTED = "prompt from a template"
+
+
+def prompted(source: Source, row: Row, seed: int) -> Row:
+    """The row, with the prompt that a template drawn for it gives, where the source has templates."""
+    if source.templates is None:
+        return row
+    scope = row | ({"prompt": fill(source.prompt, row)} if source.prompt else {})
+    templates: tuple[str, ...] | None = source.templates if isinstance(source.templates, tuple) else None
+    if isinstance(source.templates, Library):
+        scope |= {name: fill_text(value, row) for name, value in source.templates.values.items()}
+        templates = LIBRARY[source.templates.library]
+    assert templates is not None
+    return row | {PROMPTED: fill_text(draw(templates, row, seed), scope)}
+
+
 def _passage(source: Source, row: Row, where: str) -> Passage:
     assert source.text is not None
     return Passage(non_empty(source.text, row), where)
@@ -172,16 +200,15 @@ def turns_of(given: Any, column: str, row: Row) -> Messages:
 
 
 def _prompt_turns(source: Source, row: Row) -> Messages:
-    if source.prompt is None:
+    if source.prompt is None and source.templates is None:
         return ()
     filled = fill_text(source.system, row) if source.system else ""
     system = ({"role": "system", "content": filled},) if filled.strip() else ()
+    if source.templates is not None:
+        return (*system, {"role": "user", "content": row[PROMPTED]})
+    assert source.prompt is not None
     turns = as_messages(row.get(source.prompt))
-    return (*system, *turns) if is_turns(turns) else (*system, _user(source.prompt, row))
-
-
-def _user(prompt: str, row: Row) -> Row:
-    return {"role": "user", "content": fill(prompt, row)}
+    return (*system, *turns) if is_turns(turns) else (*system, {"role": "user", "content": fill(source.prompt, row)})
 
 
 def _preference(source: Source, row: Row, where: str) -> Preference:

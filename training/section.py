@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from training.errors import TenureError
+from training.instructions import LIBRARY, Kind
 from training.locations import files_of, is_url, missing_store
 
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -65,6 +66,19 @@ class Section(BaseModel):
 Learn = Literal["all", "last", "each"]
 
 
+def _known_kind(value: Any) -> Any:
+    if value not in LIBRARY:
+        raise fault(f"{value!r} is no kind of template", f"known: {', '.join(LIBRARY)}; tenure templates shows them")
+    return value
+
+
+class Library(Section):
+    """The templates of a kind of task, and what they name beside `prompt`: text, or a template over columns."""
+
+    library: Annotated[Kind, BeforeValidator(_known_kind)]
+    values: dict[str, Text] = Field(default_factory=dict)
+
+
 class Source(Section):
     """Training rows of a file, a glob, a folder, a dataset of the hub or a URL, in one of four forms.
 
@@ -73,6 +87,8 @@ class Source(Section):
     `prompt`, `completion`, `chosen`, `rejected` and `text` name a column, or are a Jinja template over columns when
     they hold `{{`; `system` is text, or such a template.
     `chat` says whether prompts are rendered by the model's chat template (auto: when it has one).
+    `templates` are Jinja templates of prompts, one drawn for every row; in them `prompt` is the source's own.
+    `faulty` says whether rows that cannot be used are refused, or dropped and counted.
     `learn` says which of the assistant's turns are learned: all, the last, or each as a row of its own.
     `tools` is the column of functions that may be called, where rows of messages have it.
     """
@@ -87,6 +103,8 @@ class Source(Section):
     system: Text | None = None
     chat: Flag | Literal["auto"] = "auto"
     learn: Learn = "all"
+    templates: Library | Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    faulty: Literal["refuse", "drop"] = "refuse"
     tools: Text = "tools"
 
     @property
@@ -109,11 +127,16 @@ class Source(Section):
     def _one_form(self, info: ValidationInfo) -> Source:
         """The source with its columns, which are recognised where none is named and files may be looked at."""
         if not self._given:
-            return self._recognised() if (info.context or {}).get("look_at_files") else self
+            return self._recognised()._checked() if (info.context or {}).get("look_at_files") else self
+        return self._checked()
+
+    def _checked(self) -> Source:
         given = self._given
         for alone in ("messages", "text"):
             if alone in given and (len(given) > 1 or self.system is not None):
                 raise fault(f"{alone} stand beside other columns", f"give {alone} alone", (alone,))
+        if isinstance(self.templates, tuple) and given & {"completion", "chosen"}:
+            given = given | {"prompt"}
         pair = {"chosen", "rejected"}
         if given not in ({"messages"}, {"text"}, {"prompt", "completion"}, pair, pair | {"prompt"}):
             instead = "set prompt and completion (or messages, or text, or prompt, chosen and rejected) to columns"
@@ -122,6 +145,8 @@ class Source(Section):
             raise fault("messages need the chat template", "remove chat: false", ("chat",))
         if self.text is not None and self.chat is True:
             raise fault("plain text has no chat turns", "remove chat: true", ("chat",))
+        if self.templates is not None and self.form not in ("completion", "preference"):
+            raise fault(f"rows of the form {self.form} have no prompt to fill", "remove templates", ("templates",))
         return self
 
     def _recognised(self) -> Source:

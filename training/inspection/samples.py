@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+from training.chat import learned_turns
 from training.items import SuiteItem, read_items
 from training.rows import Conversation, Example, Passage, Preference, examples
 from training.section import Source
@@ -17,7 +20,8 @@ class Sample:
     """A row or an item of a suite.
 
     `prompt` is what is only read, the turns of a conversation joined; `answer` is what is learned or expected: all of
-    plain text, the assistant's turns, the chosen answer, the right choice. `system` stands apart, since rows share it.
+    plain text, the turns that are learned, the chosen answer, the right choice. `system` stands apart, since rows share
+    it.
     """
 
     where: str
@@ -58,22 +62,25 @@ def read_suite(suite: FileSuite) -> Iterator[Sample]:
 
 
 def _of_conversation(conversation: Conversation) -> Sample:
-    return Sample(
-        conversation.where,
-        prompt=_said_by(conversation, "user", "tool"),
-        answer=_said_by(conversation, "assistant"),
-        system=_said_by(conversation, "system"),
-    )
+    learned = set(learned_turns(conversation))
+    said: dict[str, list[str]] = {"system": [], "prompt": [], "answer": []}
+    for place, turn in enumerate(conversation.messages):
+        part = "system" if turn["role"] == "system" else "answer" if place in learned else "prompt"
+        said[part].append(_said(turn))
+    return Sample(conversation.where, **{part: "\n".join(texts) for part, texts in said.items()})
 
 
-def _said_by(conversation: Conversation, *roles: str) -> str:
-    return "\n".join(turn.get("content") or "" for turn in conversation.messages if turn["role"] in roles)
+def _said(turn: Mapping[str, Any]) -> str:
+    """A turn's text, and the calls that it makes as JSON."""
+    calls = json.dumps(turn["tool_calls"], ensure_ascii=False) if turn.get("tool_calls") else ""
+    return "\n".join(part for part in (str(turn.get("content") or ""), calls) if part)
 
 
 def _of_preference(pair: Preference) -> Sample:
     chosen = _of_conversation(pair.chosen)
-    rejected = _said_by(pair.rejected, "assistant")
-    return Sample(chosen.where, chosen.prompt, chosen.answer, chosen.system, rejected)
+    return Sample(
+        chosen.where, chosen.prompt, chosen.answer, chosen.system, rejected=_of_conversation(pair.rejected).answer
+    )
 
 
 def sample_of_item(item: SuiteItem) -> Sample:

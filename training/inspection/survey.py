@@ -20,7 +20,7 @@ from training.inspection.private import find_private, mask_private
 from training.inspection.samples import Sample, sample_of, sample_of_item
 from training.inspection.tokens import RowEncoder, TokenCounts
 from training.items import read_items
-from training.rows import examples
+from training.rows import MAX_PROBLEMS, examples
 from training.section import Source
 from training.spec import RunSpec
 from training.strategy import Replay
@@ -140,9 +140,17 @@ def _parts(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[
 
 
 def _rows_of(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
+    """Every row with what it becomes; the faults of rows that cannot be encoded come after the last one, together."""
     encoder = RowEncoder(tokenizer, source)
+    problems: dict[Problem, None] = {}
     for example in examples(source):
-        yield sample_of(example), encoder.encode(example)
+        try:
+            yield sample_of(example), encoder.encode(example)
+        except TenureError as error:
+            problems |= dict.fromkeys(error.problems)
+        if len(problems) >= MAX_PROBLEMS:
+            break
+    raise_all(problems)
 
 
 def _items_of(suite: FileSuite, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
