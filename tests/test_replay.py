@@ -208,7 +208,7 @@ def test_overlong_replay_rows_are_treated_as_training_rows_are(tiny_model: Path,
     assert "1 rows are longer than max_length 64" in told
     assert "facts.jsonl row 12" in told
     path = write_tiny_spec(tmp_path, tiny_model, protections=replay_of(tmp_path, long))
-    path.write_text(path.read_text().replace("data:\n  train:", "data:\n  overlong: drop\n  train:"))
+    path.write_text(path.read_text().replace("\ndata:\n", "\ndata:\n  overlong: drop\n"))
     with pytest.raises(TenureError, match="no row is left to replay"):
         prepare(load_spec(path), Workspace.at(tmp_path / "workspace"))
 

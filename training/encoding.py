@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from training.chat import chat_answers, learned_turns
 from training.errors import Problem, TenureError, fail, raise_all
+from training.fitting import Tally
 from training.rows import MAX_PROBLEMS, Conversation, Passage, Preference
 from training.tokens import continued_ids, prompt_ids, text_ids
 
@@ -159,6 +160,7 @@ def encode_all(
     max_length: int,
     overlong: str,
     untaught: Untaught | None = None,
+    tally: Tally | None = None,
 ) -> tuple[list[Encoded], int]:
     """All examples encoded, and how many were longer than max_length (dropped or truncated as asked).
 
@@ -167,8 +169,12 @@ def encode_all(
     """
     rows = [row for split in _built(conversations, lambda one: split_rows(one, chat)) for row in split]
     encoded = _built(rows, lambda row: (encode(tokenizer, row, chat),))
-    kept, num_longer = _fit(encoded, [row.where for row in rows], max_length, overlong, untaught)
-    return [example for (example,), _ in kept], num_longer
+    counted = Tally() if tally is None else tally
+    before = counted.num_longer
+    kept = _fit(encoded, [row.where for row in rows], max_length, overlong, untaught, counted)
+    if tally is None:
+        counted.refuse(max_length, overlong)
+    return [example for (example,), _ in kept], counted.num_longer - before
 
 
 def split_rows(conversation: Conversation, chat: bool) -> list[Conversation]:
@@ -201,6 +207,7 @@ def encode_preferences(
     max_length: int,
     overlong: str,
     untaught: Untaught | None = None,
+    tally: Tally | None = None,
 ) -> tuple[list[Encoded], list[Encoded], int]:
     """The chosen and the rejected answers with their prompts, pair by pair, and how many pairs were overlong.
 
@@ -215,16 +222,17 @@ def encode_preferences(
         return encode(tokenizer, chosen, chat), encode(tokenizer, rejected, chat)
 
     encoded = _built(preferences, both)
-    kept, num_longer = _fit(encoded, [pair.chosen.where for pair in preferences], max_length, overlong, untaught)
-    alike = [where for (chosen, rejected), where in kept if chosen == rejected]
-    if alike:
-        what = "the chosen and the rejected answer are the same tokens: the pair teaches nothing" + _and_more(alike)
-        raise TenureError(Problem(what, alike[0], "remove the row, or raise training.max_length"))
-    return [pair[0] for pair, _ in kept], [pair[1] for pair, _ in kept], num_longer
+    counted = Tally() if tally is None else tally
+    before = counted.num_longer
+    kept = _fit(encoded, [pair.chosen.where for pair in preferences], max_length, overlong, untaught, counted)
+    counted.faulty("alike", [where for (chosen, rejected), where in kept if chosen == rejected])
+    if tally is None:
+        counted.refuse(max_length, overlong)
+    return [pair[0] for pair, _ in kept], [pair[1] for pair, _ in kept], counted.num_longer - before
 
 
 def encode_passages(
-    tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage], max_length: int
+    tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage], max_length: int, tally: Tally | None = None
 ) -> tuple[list[Encoded], int]:
     """All texts as pieces of at most max_length tokens, and how many texts were cut.
 
@@ -238,9 +246,10 @@ def encode_passages(
         what = "a piece of one token has nothing to learn"
         raise fail(what, passages[0].where, "set training.max_length: 2 or more")
     cut = [_pieces(tokenizer, passage.text, max_length) for passage in passages]
-    empty = [passage.where for passage, pieces in zip(passages, cut, strict=True) if not pieces]
-    if empty:
-        raise TenureError(Problem("the text has no tokens" + _and_more(empty), empty[0], "remove the row"))
+    counted = Tally() if tally is None else tally
+    counted.faulty("bare", [passage.where for passage, pieces in zip(passages, cut, strict=True) if not pieces])
+    if tally is None:
+        counted.refuse(max_length, "truncate")
     return [piece for pieces in cut for piece in pieces], sum(len(pieces) > 1 for pieces in cut)
 
 
@@ -258,34 +267,25 @@ def _fit(
     max_length: int,
     overlong: str,
     untaught: Untaught | None,
-) -> tuple[list[tuple[tuple[Encoded, ...], str]], int]:
-    """The groups of rows that stand or fall together, each with its place, and how many were overlong."""
+    tally: Tally,
+) -> list[tuple[tuple[Encoded, ...], str]]:
+    """The groups of rows that stand or fall together, each with its place. What is wrong with them is counted."""
     longest = [max(len(row.ids) for row in group) for group in groups]
-    longer = [i for i, length in enumerate(longest) if length > max_length]
-    if longer and overlong == "refuse":
-        most = max(longest)
-        what = f"{len(longer)} rows are longer than max_length {max_length} (the longest has {most} tokens)"
-        instead = f"set training.max_length: {most}, or data.overlong: drop (or truncate)"
-        raise TenureError(Problem(what, places[longer[0]], instead))
+    longer = [place for place, length in zip(places, longest, strict=True) if length > max_length]
+    tally.longer(longer, max(longest, default=0))
     pairs = list(zip(groups, places, strict=True))
     if overlong == "drop":
         kept = [pair for pair, length in zip(pairs, longest, strict=True) if length <= max_length]
     else:
         kept = [(tuple(_cut(row, max_length) for row in group), where) for group, where in pairs]
     empty = [where for group, where in kept if not all(row.num_targets for row in group)]
-    if empty and not (untaught and untaught.drop):
-        what = "no target token is left to learn" + _and_more(empty)
-        instead = "fill the completion, raise training.max_length, or set data.untaught: drop"
-        raise TenureError(Problem(what, empty[0], instead))
+    if not (untaught and untaught.drop):
+        tally.faulty("empty", empty)
     if untaught and empty:
         untaught.count += len(empty)
         kept = [(group, where) for group, where in kept if all(row.num_targets for row in group)]
-    return kept, len(longer)
+    return kept
 
 
 def _cut(example: Encoded, max_length: int) -> Encoded:
     return Encoded(example.ids[:max_length], example.is_target[:max_length])
-
-
-def _and_more(places: Sequence[str]) -> str:
-    return f" ({len(places)} rows like this)" if len(places) > 1 else ""

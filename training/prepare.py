@@ -9,23 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from training.encoding import (
-    Encoded,
-    Untaught,
-    encode_all,
-    encode_passages,
-    encode_preferences,
-    load_tokenizer,
-    wants_chat,
-)
+from training.encoding import Encoded, load_tokenizer
 from training.errors import Problem, TenureError, fail
 from training.generate import longest_row, read_written
 from training.items import read_items
 from training.locations import Location, hash_data
 from training.plan import DataCounts
-from training.rows import read_conversations, read_passages, read_preferences
 from training.section import Source
 from training.spec import RunSpec
 from training.store import (
@@ -43,6 +34,7 @@ from training.store import (
 from training.strategy import Generate, Replay
 from training.suite_spec import has_answer
 from training.suites import encode_item
+from training.tokenise import encoded_chunks
 from training.workspace import Workspace, read_json
 
 if TYPE_CHECKING:
@@ -129,7 +121,7 @@ def prepare(spec: RunSpec, workspace: Workspace, written: Path | None = None) ->
         if reason != "new":
             print(f"the encoded data in {target} are made again: {reason}", flush=True)
         with publishing(target) as folder:
-            _write(folder, _encode(spec, written))
+            _encode(spec, written, folder)
     return target
 
 
@@ -154,84 +146,85 @@ def load_prepared(path: Path) -> Prepared:
     )
 
 
-def _write(folder: Path, prepared: Prepared) -> None:
-    validation = {name: f"validation-{number}.arrow" for number, name in enumerate(prepared.validation)}
-    files = {"train.arrow": prepared.train, "rejected.arrow": prepared.rejected, "replay.arrow": prepared.replay}
-    for file, rows in (files | {validation[name]: rows for name, rows in prepared.validation.items()}).items():
-        with RowWriter(folder / file) as writer:
-            writer.write_rows(rows)
-    told = (validation, prepared.num_overlong, prepared.longest_to_come, prepared.num_untaught)
+def _encode(spec: RunSpec, written: Path | None, folder: Path) -> None:
+    """Everything of a run encoded into a folder, chunk by chunk."""
+    tokenizer = load_tokenizer(Path(spec.model))
+    problems: list[Problem] = []
+    to_write, longest_to_come = _to_write(spec), 0
+    with (
+        _writer(folder, "train") as train,
+        _writer(folder, "rejected") as rejected,
+        _writer(folder, "replay") as replay,
+    ):
+        given = _encode_sources(spec, spec.data.train, tokenizer, problems, train, rejected)
+        replayed = _encode_sources(spec, _replay_sources(spec), tokenizer, problems, replay, rejected)
+        if to_write:
+            with _gathered(problems):
+                longest_to_come = longest_row(to_write, tokenizer, spec.training.max_length, spec.data.overlong)
+        validation = _encode_validation(spec, tokenizer, problems, folder)
+        if problems:
+            raise TenureError(dict.fromkeys(problems))
+        if written:
+            replay.write_rows(read_written(written, tokenizer, longest_to_come))
+    if not train.num_rows:
+        raise fail("no example is left to train on", "data", "raise training.max_length, or give shorter rows")
+    if _replay_sources(spec) and not replay.num_rows:
+        raise fail("no row is left to replay", "protections", "raise training.max_length, or give shorter rows")
+    sources = (*given, *replayed)
+    lost = (sum(source.num_overlong for source in sources), sum(source.num_untaught for source in sources))
+    told = (validation, lost[0], longest_to_come, lost[1])
     write_meta(folder, dict(zip(TOLD, told, strict=True)))
 
 
-def _encode(spec: RunSpec, written: Path | None) -> Prepared:
-    tokenizer = load_tokenizer(Path(spec.model))
-    problems: list[Problem] = []
-    train = _encode_sources(spec, spec.data.train, tokenizer, problems)
-    replayed = _encode_sources(spec, _replay_sources(spec), tokenizer, problems)
-    replay, to_write, longest_to_come = replayed.examples, _to_write(spec), 0
-    if to_write:
+def _writer(folder: Path, name: str) -> RowWriter:
+    return RowWriter(folder / f"{name}.arrow")
+
+
+class EncodedSource(NamedTuple):
+    """How many examples a source gave, and how many of its rows were overlong, or dropped for want of a target."""
+
+    num_examples: int
+    num_overlong: int
+    num_untaught: int
+
+
+def _encode_sources(
+    spec: RunSpec,
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    rows: RowWriter,
+    rejected: RowWriter,
+) -> list[EncodedSource]:
+    """The rows of all sources, one after the other; faults go to `problems`."""
+    found: list[EncodedSource] = []
+    asked = (spec.model, spec.training.max_length, spec.data.overlong, spec.data.untaught, spec.training.seed)
+    for source in sources:
+        before, num_overlong, num_untaught = rows.num_rows, 0, 0
         with _gathered(problems):
-            longest_to_come = longest_row(to_write, tokenizer, spec.training.max_length, spec.data.overlong)
-    validation: dict[str, Sequence[Encoded]] = {}
+            for chunk in encoded_chunks(tokenizer, source, *asked):
+                rows.write(chunk.rows)
+                rejected.write(chunk.rejected)
+                num_overlong += chunk.num_overlong
+                num_untaught += chunk.num_untaught
+        found.append(EncodedSource(rows.num_rows - before, num_overlong, num_untaught))
+    return found
+
+
+def _encode_validation(
+    spec: RunSpec, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], folder: Path
+) -> dict[str, str]:
+    """The file of every suite's validation items, by the suite's name."""
+    files: dict[str, str] = {}
     for suite in spec.suites.all:
         with _gathered(problems):
             items = read_items(suite)[: spec.training.validation_items if has_answer(suite) else 0]
-            encoded_items = [encode_item(suite, item, tokenizer, spec.training.max_length) for item in items]
-            if encoded_items:
-                validation[suite.name] = tuple(encoded_items)
-    if problems:
-        raise TenureError(dict.fromkeys(problems))
-    if written:
-        replay = read_written(written, tokenizer, longest_to_come)
-    if not train.examples:
-        raise fail("no example is left to train on", "data", "raise training.max_length, or give shorter rows")
-    if _replay_sources(spec) and not replay:
-        raise fail("no row is left to replay", "protections", "raise training.max_length, or give shorter rows")
-    return Prepared(
-        train=tuple(train.examples),
-        validation=validation,
-        num_overlong=train.num_overlong + replayed.num_overlong,
-        rejected=tuple(train.rejected),
-        replay=tuple(replay),
-        longest_to_come=longest_to_come,
-        num_untaught=train.num_untaught + replayed.num_untaught,
-    )
-
-
-@dataclass(frozen=True)
-class EncodedSource:
-    """The examples of one source, and of preference data the rejected answers in the same order."""
-
-    examples: list[Encoded]
-    num_overlong: int
-    rejected: Sequence[Encoded] = ()
-    num_untaught: int = 0
-
-
-def encode_source(
-    tokenizer: PreTrainedTokenizerBase,
-    source: Source,
-    max_length: int,
-    overlong: str,
-    untaught: str = "refuse",
-    seed: int = 0,
-) -> EncodedSource:
-    """All rows of a source, whatever its form; of text, num_overlong counts those that were cut into pieces.
-
-    Raises:
-        TenureError: every row's fault at once.
-    """
-    if source.form == "text":
-        return EncodedSource(*encode_passages(tokenizer, read_passages(source), max_length))
-    chat = wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
-    lost = Untaught(drop=untaught == "drop")
-    if source.form == "preference":
-        pairs = read_preferences(source, seed)
-        chosen, rejected, num_overlong = encode_preferences(tokenizer, pairs, chat, max_length, overlong, lost)
-        return EncodedSource(chosen, num_overlong, rejected, lost.count)
-    examples, num_overlong = encode_all(tokenizer, read_conversations(source, seed), chat, max_length, overlong, lost)
-    return EncodedSource(examples, num_overlong, (), lost.count)
+            encoded = [encode_item(suite, item, tokenizer, spec.training.max_length) for item in items]
+            if encoded:
+                files[suite.name] = f"validation-{len(files)}.arrow"
+                with RowWriter(folder / files[suite.name]) as writer:
+                    writer.write_rows(encoded)
+    return files
 
 
 @contextmanager
@@ -251,23 +244,6 @@ def _replay_sources(spec: RunSpec) -> tuple[Source, ...]:
 def _to_write(spec: RunSpec) -> Generate | None:
     replay = spec.protection(Replay)
     return replay.generate if replay else None
-
-
-def _encode_sources(
-    spec: RunSpec, sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
-) -> EncodedSource:
-    """The rows of all sources as of one; faults go to `problems`."""
-    encoded: list[EncodedSource] = []
-    for source in sources:
-        with _gathered(problems):
-            asked = (spec.training.max_length, spec.data.overlong, spec.data.untaught, spec.training.seed)
-            encoded.append(encode_source(tokenizer, source, *asked))
-    return EncodedSource(
-        examples=[row for one in encoded for row in one.examples],
-        num_overlong=sum(one.num_overlong for one in encoded),
-        rejected=[row for one in encoded for row in one.rejected],
-        num_untaught=sum(one.num_untaught for one in encoded),
-    )
 
 
 # Tokens, template, and the tokens at which serving stops.

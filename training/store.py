@@ -76,9 +76,10 @@ class RowWriter:
             self._stream.close()
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Append a batch."""
-        self._writer.write_batch(batch)
-        self.num_rows += batch.num_rows
+        """Append a batch; an empty one leaves nothing."""
+        if batch.num_rows:
+            self._writer.write_batch(batch)
+            self.num_rows += batch.num_rows
 
     def write_rows(self, rows: Sequence[Encoded]) -> None:
         """Append rows."""

@@ -1,0 +1,84 @@
+"""Rows encoded chunk by chunk, here and in other processes: the same rows, the same faults, bounded memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from tiny_spec import sums, write_rows
+from transformers import AutoTokenizer
+
+from training import tokenise
+from training.encoding import Encoded, encode_all
+from training.errors import TenureError
+from training.rows import read_conversations
+from training.section import Source
+from training.tokenise import encoded_chunks
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise, "ROWS_AT_ONCE", 10)
+    monkeypatch.setattr(tokenise, "CHUNKS_ALONE", 2)
+    monkeypatch.setattr(tokenise.os, "sched_getaffinity", lambda _: {0})
+
+
+def source_of(folder: Path, rows: list[dict[str, Any]], **columns: str) -> Source:
+    columns = columns or {"prompt": "question", "completion": "answer"}
+    return Source(path=write_rows(folder / "train.jsonl", rows), **columns)  # type: ignore[arg-type]
+
+
+def rows_of(batches: list[pa.RecordBatch]) -> list[Encoded]:
+    return [Encoded(tuple(row["ids"]), tuple(row["is_target"])) for batch in batches for row in batch.to_pylist()]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_chunks_hold_the_rows_in_order_in_any_number_of_processes(
+    tokenizer: Any, tiny_model: Path, tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenise.os, "sched_getaffinity", lambda _: set(range(processes)))
+    source = source_of(tmp_path, sums(65))
+    chunks = list(encoded_chunks(tokenizer, source, str(tiny_model), 64, "refuse"))
+    assert [chunk.rows.num_rows for chunk in chunks] == [10] * 6 + [5]
+    expected, _ = encode_all(tokenizer, read_conversations(source), True, 64, "refuse")
+    assert rows_of([chunk.rows for chunk in chunks]) == expected
+
+
+def test_faults_of_all_chunks_are_told_as_of_one(tokenizer: Any, tiny_model: Path, tmp_path: Path) -> None:
+    rows = sums(45)
+    rows[3]["answer"], rows[44]["answer"] = "x" * 70, "x" * 99
+    source = source_of(tmp_path, rows)
+    longest = max(len(row.ids) for row in encode_all(tokenizer, read_conversations(source), True, 999, "refuse")[0])
+    with pytest.raises(TenureError) as caught:
+        list(encoded_chunks(tokenizer, source, str(tiny_model), 64, "refuse"))
+    (problem,) = caught.value.problems
+    assert problem.what == f"2 rows are longer than max_length 64 (the longest has {longest} tokens)"
+    assert problem.where.endswith("train.jsonl row 4")
+    chunks = list(encoded_chunks(tokenizer, source, str(tiny_model), 64, "drop"))
+    assert [chunk.num_overlong for chunk in chunks] == [1, 0, 0, 0, 1]
+    assert sum(chunk.rows.num_rows for chunk in chunks) == 43
+
+
+def test_pairs_stay_beside_each_other(tokenizer: Any, tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"q": "x" * (index % 5), "good": str(index), "bad": f"{index}!"} for index in range(15)]
+    source = source_of(tmp_path, rows, prompt="q", chosen="good", rejected="bad")
+    chunks = list(encoded_chunks(tokenizer, source, str(tiny_model), 64, "refuse"))
+    chosen, rejected = rows_of([chunk.rows for chunk in chunks]), rows_of([chunk.rejected for chunk in chunks])
+    assert len(chosen) == len(rejected) == 15
+    assert all(len(two.ids) == len(one.ids) + 1 for one, two in zip(chosen, rejected, strict=True))
+
+
+def test_no_more_is_read_than_is_asked_for(tokenizer: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """A fault in the last row is not met while the first chunk is at hand: the file is not read ahead."""
+    source = source_of(tmp_path, [*sums(30), {"question": "1+1"}])
+    chunks = encoded_chunks(tokenizer, source, str(tiny_model), 64, "refuse")
+    assert next(chunks).rows.num_rows == 10
+    with pytest.raises(TenureError, match=r"train\.jsonl row 31"):
+        list(chunks)
