@@ -38,6 +38,11 @@ def show_check(spec_path: Path, workspace: Workspace) -> None:
     console.print(f"[bold green]valid[/]  {spec_path}")
     console.print(plan_table(plan, spec.protection(Replay)))
     tell_lineage(console, spec, workspace)
+    weak = pipeline.known_power(spec, workspace)
+    if weak is None:
+        console.print("what the suites can show is told once the base is scored, when training starts")
+    for line in weak or ():
+        console.print(Text.assemble(("weak suite ", "yellow"), line))
     for source in spec.data.train:
         console.print(f"rows of {source.path}: {describe_source(source)}", soft_wrap=True, markup=False)
         tell_dropped(console, source)

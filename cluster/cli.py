@@ -14,9 +14,12 @@ from training.quiet import be_quiet
 from training.workspace import WORKSPACE_VARIABLE, RunFolder, Workspace
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from training.errors import TenureError
 
 BROKEN_CONTRACT = 3
+UNDECIDED_CONTRACT = 4
 SPEC = click.argument("spec", type=click.Path(path_type=Path))
 RUN = click.argument("run")
 
@@ -64,7 +67,7 @@ def data(context: click.Context, spec: Path, page: Path | None, figures: Path | 
 @click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
 @click.pass_context
 def train(context: click.Context, spec: Path, address: str | None) -> None:
-    """Train by SPEC, score, judge, report and register. Exit status 3 when the contract is broken."""
+    """Train by SPEC, score, judge, report and register. Exit status 3: the contract is broken; 4: undecided."""
     from cluster import pipeline
     from cluster.checking import tell_lineage
     from cluster.inspecting import tell_leakage
@@ -134,8 +137,9 @@ def _finish(run: RunFolder, workspace: Workspace) -> None:
         sys.exit(130)
     print_scorecard(console, scorecard)
     console.print(f"report   {run.report}\nartifact {run.artifact}\nserve it with: tenure serve {run.id}")
-    if scorecard.contract.verdict == "broken":
-        sys.exit(BROKEN_CONTRACT)
+    status = {"broken": BROKEN_CONTRACT, "undecided": UNDECIDED_CONTRACT}.get(scorecard.contract.verdict)
+    if status:
+        sys.exit(status)
 
 
 @cli.command()
@@ -174,17 +178,25 @@ def report(context: click.Context, run: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON, with all items lost and won.")
 @click.pass_context
-def compare(context: click.Context, a: str, b: str) -> None:
-    """Set runs A and B side by side, suite by suite."""
+def compare(context: click.Context, runs: tuple[str, ...], as_json: bool) -> None:
+    """Set RUNS side by side, suite by suite; each against the first, item by item."""
     from cluster.screen import make_screen
-    from training.report import print_comparison
+    from training.comparison import compare_runs
+    from training.report import print_comparison, print_pair
     from training.scorecard import read_scorecard
 
-    cards = [read_scorecard(context.obj.run(run).scorecard) for run in (a, b)]
-    print_comparison(make_screen(), *cards)
+    cards = [read_scorecard(context.obj.run(run).scorecard) for run in runs]
+    comparison = compare_runs(cards)
+    if as_json:
+        click.echo(comparison.model_dump_json(indent=1))
+        return
+    console = make_screen()
+    for card, pair in zip(cards[1:], comparison.pairs, strict=True):
+        print_comparison(console, cards[0], card)
+        print_pair(console, pair)
 
 
 @cli.group()
@@ -276,13 +288,17 @@ def templates() -> None:
 
 
 @cli.command()
+@click.argument("of", type=click.Choice(["spec", "scorecard", "comparison"]), default="spec")
 @click.option("--sequence", "of_sequence", is_flag=True, help="Of a sequence of tasks.")
-def schema(of_sequence: bool) -> None:
-    """Print the JSON Schema of a spec, for editors."""
+def schema(of: str, of_sequence: bool) -> None:
+    """Print the JSON Schema of a spec, for editors; or of a scorecard, or of what compare --json prints."""
+    from training.comparison import Comparison
+    from training.scorecard import Scorecard
     from training.sequence import SequenceSpec
     from training.spec import RunSpec
 
-    kind = SequenceSpec if of_sequence else RunSpec
+    models: dict[str, type[BaseModel]] = {"spec": RunSpec, "scorecard": Scorecard, "comparison": Comparison}
+    kind = SequenceSpec if of_sequence else models[of]
     click.echo(json.dumps(kind.model_json_schema(), indent=1))
 
 

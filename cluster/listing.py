@@ -31,7 +31,7 @@ def print_runs(workspace: Workspace) -> None:
             if name.endswith("/change")
         ]
         verdict = run.data.tags.get("contract", "")
-        colour = {"kept": "green", "broken": "red"}.get(verdict, "dim")
+        colour = {"kept": "green", "broken": "red", "undecided": "yellow"}.get(verdict, "dim")
         table.add_row(
             run.info.run_name,
             f"{started:%Y-%m-%d %H:%M}",

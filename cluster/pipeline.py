@@ -11,21 +11,24 @@ from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from cluster.aids import describe_aids, ready_aids, ready_data
 from cluster.screen import progress
 from cluster.session import ray_session
 from cluster.tasks import run_tasks
-from training.errors import TenureError, fail
+from training.errors import Problem, TenureError, fail, raise_all
 from training.importance import check_importances
 from training.lineage import find_base, inherit_suites
-from training.models import read_model_info
+from training.models import hash_folder, read_model_info
 from training.plan import GIB, Plan, describe_replay, describe_tasks, make_plan
 from training.prepare import load_prepared, prepare
+from training.presets import add_presets
 from training.scorecard import Scorecard, read_scorecard
 from training.spec import Export, RunSpec, Scaling
 from training.specfile import load_spec
 from training.strategy import Replay, is_adapter
+from training.suite_spec import Harness
 from training.teacher import check_teacher
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
@@ -33,19 +36,35 @@ _SPARE_DISK_BYTES = 256 * 2**20
 
 
 def read_spec(path: Path, workspace: Workspace) -> RunSpec:
-    """The spec of a file with its model found, its data files seen, and what its base's lineage asks to be retained."""
-    return inherit_suites(load_spec(path, find_model=lambda name: find_base(name, workspace)), workspace)
+    """The spec of a file: model found, data files seen, with the suites of its presets and of its base's lineage."""
+    spec = load_spec(path, find_model=lambda name: find_base(name, workspace))
+    return inherit_suites(add_presets(spec, workspace), workspace)
 
 
 def plan_run(spec: RunSpec, workspace: Workspace) -> tuple[Plan, Path]:
     """Check and encode all data, and plan; nothing of a run exists yet."""
     check_importances(spec)
+    check_tasks(spec)
     teacher = check_teacher(spec)
     prepared = prepare(spec, workspace)
     counts = load_prepared(prepared).counts()
     plan = make_plan(spec, read_model_info(Path(spec.model)), counts, memory_limit(spec.scaling), teacher)
     check_disk(workspace, plan.disk_bytes, "the run")
     return plan, prepared
+
+
+def check_tasks(spec: RunSpec) -> None:
+    """Load the tasks of lm-evaluation-harness that are suites, with their data; refuse all that cannot be, at once."""
+    from training.harness_tasks import load_task
+
+    problems: list[Problem] = []
+    for suite in spec.suites.every:
+        if isinstance(suite, Harness):
+            try:
+                load_task(suite)
+            except TenureError as error:
+                problems += error.problems
+    raise_all(problems)
 
 
 def memory_limit(scaling: Scaling) -> int | None:
@@ -178,6 +197,9 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
     from training.worker import drop_torn_row, make_job
 
     drop_torn_row(run.metrics)
+    console.print("scoring the base")
+    for line in check_power(run, spec, workspace):
+        console.print(f"[yellow]weak suite[/] {escape(line)}")
     prepared = ready_data(spec, workspace, console)
     aids = ready_aids(spec, prepared, workspace, run.logs, memory_limit(spec.scaling))
     for line in describe_tasks(plan.tasks):
@@ -210,10 +232,43 @@ def score_artifacts(
     from training.judge import build_scorecard
 
     base = Path(spec.model)
+    protocol, key = _protocol(spec)
+    targets, seconds = _score_models(run, spec, workspace, key, {"base": base, **artifacts})
+    return {
+        name: build_scorecard(
+            run_id=run.id,
+            spec=spec,
+            artifact=artifact,
+            protocol=protocol,
+            protocol_hash=key,
+            base=scoring.read_scores(targets["base"]),
+            tuned=scoring.read_scores(targets[name]),
+            seconds=seconds,
+        )
+        for name, artifact in artifacts.items()
+    }
+
+
+def _protocol(spec: RunSpec) -> tuple[dict[str, str | int | float | bool | None], str]:
+    """What decides a score beside the model, and its hash."""
+    from training import scoring
+
     protocol = scoring.protocol_of(spec, scoring.scoring_precision(spec.scaling.gpus_per_worker))
-    key = scoring.protocol_hash(protocol, base)
-    models = {"base": base, **artifacts}
-    targets = {name: scoring.cached_scores(workspace, model, key) for name, model in models.items()}
+    return protocol, scoring.protocol_hash(protocol, Path(spec.model))
+
+
+def _score_models(
+    run: RunFolder, spec: RunSpec, workspace: Workspace, key: str, models: dict[str, Path]
+) -> tuple[dict[str, Path], float]:
+    """Where the models' scores lie by name, and the seconds it took to score those that were not in the cache."""
+    from training import scoring
+
+    base = Path(spec.model)
+    of_base = f"{key}/{hash_folder(base)}"  # an adapter's own hash does not say which base it is on
+    targets = {
+        name: scoring.cached_scores(workspace, model, key if model == base else of_base)
+        for name, model in models.items()
+    }
     jobs = {
         target: scoring.ScoreJob(
             spec=spec.model_dump(mode="json"),
@@ -228,19 +283,25 @@ def score_artifacts(
     }
     models_of = list(jobs.values())
     seconds = float(sum(run_tasks(scoring.score_model, models_of, spec.scaling, run.logs, "a scoring process")))
-    return {
-        name: build_scorecard(
-            run_id=run.id,
-            spec=spec,
-            artifact=artifact,
-            protocol=protocol,
-            protocol_hash=key,
-            base=scoring.read_scores(targets["base"]),
-            tuned=scoring.read_scores(targets[name]),
-            seconds=seconds,
-        )
-        for name, artifact in artifacts.items()
-    }
+    return targets, seconds
+
+
+def check_power(run: RunFolder, spec: RunSpec, workspace: Workspace) -> list[str]:
+    """Score the base, unless that is cached, and tell which suites cannot show what the contract asks of them."""
+    from training import scoring
+    from training.power import powers, warnings
+
+    targets, _ = _score_models(run, spec, workspace, _protocol(spec)[1], {"base": Path(spec.model)})
+    return list(warnings(powers(spec, scoring.read_scores(targets["base"])[0])))
+
+
+def known_power(spec: RunSpec, workspace: Workspace) -> list[str] | None:
+    """What check_power tells, from the cache alone; None where the base was not scored yet."""
+    from training import scoring
+    from training.power import powers, warnings
+
+    cached = scoring.cached_scores(workspace, Path(spec.model), _protocol(spec)[1])
+    return list(warnings(powers(spec, scoring.read_scores(cached)[0]))) if cached.is_file() else None
 
 
 def _needs(scaling: Scaling) -> dict[str, float]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 
-from training.judge import bootstrap_interval, judge, package_versions, score_suite
+from training.contract import judge
+from training.judge import package_versions, score_suite
 from training.scorecard import SuiteScore
 from training.scoring import Answered
 from training.spec import Contract, CrossEntropy, ExactMatch
-from training.suites import AnySuite
+from training.suite_spec import AnySuite
 
 CONTRACT = Contract(min_gain=0.25, max_loss=0.1)
 
@@ -106,38 +106,6 @@ def test_suites_of_unlike_length_are_no_pairs() -> None:
 def test_the_same_answers_give_no_change_and_no_interval() -> None:
     score = scored([0.3, 1.7, 0.2], [0.3, 1.7, 0.2], entropy(), "retention", weights=[3.0, 5.0, 7.0])
     assert (score.change, score.interval) == (0.0, (0.0, 0.0))
-
-
-def test_a_constant_change_has_an_interval_of_one_point() -> None:
-    low, high = bootstrap_interval(np.full(20, 0.5), np.arange(1.0, 21.0))
-    assert low == pytest.approx(0.5)
-    assert high == pytest.approx(0.5)
-
-
-def test_an_interval_is_the_same_each_time_and_holds_the_change() -> None:
-    generator = np.random.default_rng(1)
-    gains, weights = generator.normal(0.1, 1.0, 80), generator.uniform(1.0, 9.0, 80)
-    low, high = bootstrap_interval(gains, weights)
-    assert bootstrap_interval(gains, weights) == (low, high)
-    assert bootstrap_interval(gains, weights, seed=1) != (low, high)
-    assert low < np.average(gains, weights=weights) < high
-
-
-def test_an_interval_is_as_wide_as_the_normal_one_on_many_items() -> None:
-    gains = np.random.default_rng(2).normal(0.0, 1.0, 400)
-    low, high = bootstrap_interval(gains, np.ones(400))
-    assert high - low == pytest.approx(2 * 1.96 * gains.std() / 20, rel=0.05)
-
-
-def test_intervals_cover_the_true_change_about_as_often_as_they_say() -> None:
-    """Paired differences of -1, 0 and 1 with unlike weights, whose true weighted mean is 0.2."""
-    generator = np.random.default_rng(3)
-    experiments, covered = 300, 0
-    for _ in range(experiments):
-        gains = generator.choice([-1.0, 0.0, 1.0], size=40, p=[0.1, 0.6, 0.3])
-        low, high = bootstrap_interval(gains, generator.uniform(1.0, 3.0, 40))
-        covered += low <= 0.2 <= high
-    assert 0.90 <= covered / experiments <= 0.99
 
 
 def test_versions_are_of_installed_packages_alone() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_spec import write_rows
 
 from training.errors import TenureError
+from training.items import read_items
 from training.readers import read_rows
 from training.row import MAX_ROW_BYTES
 from training.rows import (
@@ -20,7 +21,6 @@ from training.rows import (
     Faults,
     examples,
     read_conversations,
-    read_items,
     read_passages,
     read_preferences,
 )

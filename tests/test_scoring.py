@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from training.harness import HarnessModel
-from training.rows import read_items
+from training.items import read_items
 from training.scoring import (
     Answered,
     ScoreJob,

@@ -173,9 +173,9 @@ training:
         ),
         (
             "metric: cross_entropy, text: text",
-            "metric: perplexity, text: text",
+            "metric: surprise, text: text",
             "13: suites.retention[0]",
-            "'perplexity' is not known here",
+            "'surprise' is not known here",
         ),
         (
             "text: text}",

@@ -10,7 +10,8 @@ from tiny import END, START, make_tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from training.encoding import encode
-from training.rows import Conversation, SuiteItem
+from training.items import SuiteItem
+from training.rows import Conversation
 from training.spec import Accuracy, CrossEntropy, ExactMatch
 from training.suites import encode_item, render_item
 

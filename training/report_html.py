@@ -160,7 +160,7 @@ def _part_chart(name: str, points: Points) -> Chart | None:
 def _wise_charts(curve: WiseCurve) -> list[Chart]:
     """Every suite's change over alpha, one chart per unit."""
     charts = []
-    for share, unit in ((True, "percentage points"), (False, "nats per byte")):
+    for share, unit in ((True, "percentage points"), (False, "nats")):
         lines = [
             Line(name, [(alpha, suite.change * (100 if share else 1)) for alpha, suite in suites])
             for name, suites in curve.by_suite().items()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from training.report_format import change_text, interval_text, is_share, least_change
+from training.report_format import SIGNS, change_text, interval_text, is_share, least_change
 from training.scorecard import SuiteScore
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def _draw_panel(axes: Axes, suites: Sequence[SuiteScore]) -> None:
     axes.margins(x=0.08)
     axes.set_yticks([])
     _style_axes(axes)
-    unit = "percentage points" if scale > 1 else "nats per byte"
+    unit = "percentage points" if scale > 1 else " or ".join(dict.fromkeys(suite.unit for suite in suites))
     axes.set_xlabel(f"worse ← {unit} → better", color=light_colour("muted"))
 
 
@@ -196,7 +196,7 @@ def _draw_change(axes: Axes, row: int, suite: SuiteScore, scale: float) -> None:
     across = axes.get_yaxis_transform()
     value = f"{change_text(suite, suite.change)} {interval_text(suite)}"
     axes.text(0, row - 0.38, shortened(suite.name), transform=across, color=light_colour("ink"), fontweight="bold")
-    note = value if suite.kept else f"✗ {value}"
+    note = value if suite.kept else f"{SIGNS[suite.verdict]} {value}"
     axes.text(1, row - 0.38, note, transform=across, ha="right", color=light_colour("ink"))
 
 

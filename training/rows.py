@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, TypeVar
 
 from training.errors import Problem, raise_all
@@ -15,9 +14,8 @@ from training.readers import open_rows
 from training.row import LastFault, Row, RowFault
 from training.section import Learn, Library, Source
 from training.shapes import as_messages, check_order, is_turns, recognised
-from training.spec import Accuracy, CrossEntropy, ExactMatch
 from training.strategy import Prompts
-from training.templating import column_of, fill, fill_text
+from training.templating import fill, fill_text
 from training.turns import Messages, checked_tools, checked_turns
 
 MAX_PROBLEMS = 20
@@ -53,18 +51,6 @@ class Passage:
 
     text: str
     where: str
-
-
-@dataclass(frozen=True)
-class SuiteItem:
-    """One test item. `choices` and `right` belong to accuracy, `completion` to the other metrics."""
-
-    prompt: str
-    completion: str
-    where: str
-    system: str = ""
-    choices: tuple[str, ...] = ()
-    right: int = -1
 
 
 @dataclass
@@ -120,10 +106,10 @@ def examples(source: Source, faults: Faults | None = None, seed: int = 0) -> Ite
     source = recognised(source)
     build = builders[source.form]
     faults = faults or Faults(drop=source.faulty == "drop")
-    return _built(source.path, lambda row, where: build(source, prompted(source, row, seed), where), faults)
+    return rows_of(source.path, lambda row, where: build(source, prompted(source, row, seed), where), faults)
 
 
-def _built(path: Location, build: Callable[[Row, str], Built], faults: Faults) -> Iterator[Built]:
+def rows_of(path: Location, build: Callable[[Row, str], Built], faults: Faults) -> Iterator[Built]:
     for where, row in open_rows(path):
         try:
             if isinstance(row, RowFault):
@@ -166,7 +152,7 @@ def read_prompts(prompts: Prompts) -> list[Conversation]:
         system = ({"role": "system", "content": fill_text(prompts.system, row)},) if prompts.system else ()
         return Conversation((*system, {"role": "user", "content": _filled(prompts.prompt, row)}), where)
 
-    return list(_built(prompts.path, build, Faults()))
+    return list(rows_of(prompts.path, build, Faults()))
 
 
 def _filled(column: str, row: Row) -> str:
@@ -174,17 +160,6 @@ def _filled(column: str, row: Row) -> str:
     if not text.strip():
         raise RowFault(f"'{column}' is empty: there is nothing to answer", "fill or remove the row")
     return text
-
-
-def read_items(suite: ExactMatch | Accuracy | CrossEntropy) -> list[SuiteItem]:
-    """The items of a suite (the first `limit` of them), or every row's fault at once."""
-    readers: dict[type, Any] = {ExactMatch: _exact_item, Accuracy: _choice_item, CrossEntropy: _entropy_item}
-    reader = readers[type(suite)]
-    faults = Faults()
-    items = _built(suite.path, lambda row, where: reader(suite, row, where), faults)
-    taken = list(islice(items, suite.limit))
-    faults.close()
-    return taken
 
 
 def _conversation(source: Source, row: Row, where: str) -> Conversation:
@@ -210,17 +185,17 @@ def prompted(source: Source, row: Row, seed: int) -> Row:
 
 def _passage(source: Source, row: Row, where: str) -> Passage:
     assert source.text is not None
-    return Passage(_non_empty(source.text, row), where)
+    return Passage(non_empty(source.text, row), where)
 
 
 def _messages(source: Source, row: Row) -> Messages:
     if source.messages is not None:
-        return _turns(as_messages(row.get(source.messages)), source.messages, row)
+        return turns_of(as_messages(row.get(source.messages)), source.messages, row)
     assert source.completion is not None
-    return (*_prompt_turns(source, row), {"role": "assistant", "content": _non_empty(source.completion, row)})
+    return (*_prompt_turns(source, row), {"role": "assistant", "content": non_empty(source.completion, row)})
 
 
-def _turns(given: Any, column: str, row: Row) -> Messages:
+def turns_of(given: Any, column: str, row: Row) -> Messages:
     return check_order(checked_turns(given, column, ", ".join(row)))
 
 
@@ -251,43 +226,13 @@ def _answered(source: Source, row: Row, column: str | None) -> Messages:
     if not isinstance(row.get(column), list | dict):
         if source.prompt is None:
             raise RowFault(f"'{column}' is no list of turns, and there is no prompt", "set prompt to a column")
-        return (*_prompt_turns(source, row), {"role": "assistant", "content": _non_empty(column, row)})
+        return (*_prompt_turns(source, row), {"role": "assistant", "content": non_empty(column, row)})
     turns = as_messages(row[column])
     whole = turns if not isinstance(turns, list) or len(turns) > 1 else [*_prompt_turns(source, row), *turns]
-    return _turns(whole, column, row)
+    return turns_of(whole, column, row)
 
 
-def _exact_item(suite: ExactMatch, row: Row, where: str) -> SuiteItem:
-    system = fill_text(suite.system, row) if suite.system else ""
-    return SuiteItem(fill(suite.prompt, row), _non_empty(suite.completion, row), where, system)
-
-
-def _entropy_item(suite: CrossEntropy, row: Row, where: str) -> SuiteItem:
-    if suite.text is not None:
-        return SuiteItem("", _non_empty(suite.text, row), where)
-    assert suite.prompt is not None
-    assert suite.completion is not None
-    return SuiteItem(fill(suite.prompt, row), _non_empty(suite.completion, row), where)
-
-
-def _choice_item(suite: Accuracy, row: Row, where: str) -> SuiteItem:
-    choices = suite.choices if isinstance(suite.choices, tuple) else column_of(suite.choices, row)
-    if not isinstance(choices, list | tuple) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-        raise RowFault(f"the choices are no list of two or more texts: {choices!r}")
-    answer = column_of(suite.answer, row)
-    right = answer if isinstance(answer, int) and not isinstance(answer, bool) else _index_of(str(answer), choices)
-    if not 0 <= right < len(choices):
-        raise RowFault(f"the answer {right} is no index into {len(choices)} choices", "indices start at 0")
-    return SuiteItem(fill(suite.prompt, row), choices[right], where, choices=tuple(choices), right=right)
-
-
-def _index_of(answer: str, choices: list[str] | tuple[str, ...]) -> int:
-    if answer not in choices:
-        raise RowFault(f"the answer {answer!r} is none of the choices {list(choices)}", "give its text or its index")
-    return choices.index(answer)
-
-
-def _non_empty(column: str, row: Row) -> str:
+def non_empty(column: str, row: Row) -> str:
     text = fill(column, row)
     if not text.strip():
         raise RowFault(f"'{column}' is empty: there is no target token to learn or score", "fill or remove the row")

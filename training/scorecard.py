@@ -27,8 +27,14 @@ class Item(_Record):
     weight: float = 1.0
 
 
+State = Literal["kept", "broken", "undecided"]
+
+
 class SuiteScore(_Record):
-    """One suite. `change` is the improvement of tuned over base (positive is better, whatever the metric)."""
+    """One suite. `change` is the improvement of tuned over base (positive is better, whatever the metric).
+
+    What version 1 lacks has a default: see docs/measures.md for each figure's definition.
+    """
 
     name: str
     role: Literal["target", "retention"]
@@ -42,15 +48,58 @@ class SuiteScore(_Record):
     threshold: float
     kept: bool
     items: tuple[Item, ...]
+    interval_method: Literal["bootstrap", "score", "none"] = "bootstrap"
+    state: State | None = None
+    items_to_decide: int | None = None
+    chance: float | None = None
+    p_value: float | None = None
+    p_holm: float | None = None
+    lost: int | None = None
+    won: int | None = None
+    agreement: float | None = None
+    answer_words: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> State:
+        """Whether its promise is kept; version 1 knows no undecided one."""
+        return self.state or ("kept" if self.kept else "broken")
+
+
+class Promise(_Record):
+    """A threshold over all retention suites, and what they came to."""
+
+    name: Literal["min_retention", "max_mean_loss"]
+    threshold: float
+    value: float | None
+    interval: tuple[float, float] | None
+    state: State
 
 
 class Verdict(_Record):
-    """Whether the contract is kept, and one sentence for every promise that is not."""
+    """Whether the contract is kept, and one sentence for every promise that is not, or that too few items left open."""
 
-    verdict: Literal["kept", "broken"]
+    verdict: State
     min_gain: float
     max_loss: float
     reasons: tuple[str, ...]
+    judge_by: Literal["estimate", "interval"] = "estimate"
+    over_all: tuple[Promise, ...] = ()
+
+
+class Forgetting(_Record):
+    """What was kept over all retention suites.
+
+    Suites scored as shares give `retention` (its clipped and unclipped mean of r / r_0, chance-corrected) and
+    `general_ability_delta`; `left_out` names those on which the base knows nothing, which say nothing of forgetting.
+    `rise_in_nats` is the change of every cross-entropy, in the suite's unit, positive where text became less likely.
+    """
+
+    retention: float | None
+    retention_unclipped: float | None
+    general_ability_delta: float | None
+    left_out: tuple[str, ...]
+    rise_in_nats: dict[str, float]
 
 
 class Probe(_Record):
@@ -61,9 +110,9 @@ class Probe(_Record):
 
 
 class Scorecard(_Record):
-    """What one run gained and what it forgot."""
+    """What one run gained and what it forgot. Version 1 has neither `forgetting` nor tests of significance."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     run: str
     protocol: dict[str, str | int | float | bool | None]
     protocol_hash: str
@@ -75,6 +124,7 @@ class Scorecard(_Record):
     probes: dict[Literal["base", "tuned"], tuple[Probe, ...]]
     versions: dict[str, str]
     seconds: float
+    forgetting: Forgetting | None = None
 
 
 def read_scorecard(path: Path) -> Scorecard:

@@ -15,25 +15,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from training.encoding import load_tokenizer
 from training.errors import fail
+from training.items import SuiteItem, read_items
 from training.locations import hash_data
+from training.metrics import ANSWER_METRICS, NATS
 from training.models import hash_file, hash_folder
-from training.rows import SuiteItem, read_items
 from training.scorecard import Probe
-from training.spec import Accuracy, CrossEntropy, ExactMatch, RunSpec
-from training.suites import AnySuite, RenderedItem, context_ids, render_item
+from training.spec import RunSpec
+from training.suite_spec import (
+    Accuracy,
+    Answering,
+    AnySuite,
+    Classification,
+    CrossEntropy,
+    FileSuite,
+    Harness,
+    Perplexity,
+    ValidJson,
+)
+from training.suites import RenderedItem, context_ids, render_item
 from training.tokens import text_ids
 from training.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from training.harness import HarnessModel
 
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 48
-_SCORING_VERSION = 2
+_PROBE_SENTENCE = "The sun rises in the east, and it sets in the west."
+_SCORING_VERSION = 3
 _DIVERGED = "the training diverged: lower training.learning_rate, or set training.precision: fp32"
 
 
@@ -51,13 +66,18 @@ class ScoreJob:
 
 @dataclass(frozen=True)
 class Answered:
-    """An item's answer, its score, and its weight in the suite's mean (bytes for cross-entropy)."""
+    """An item's answer, its score, and its weight in the suite's mean (bytes for cross-entropy, tokens for perplexity).
+
+    `chance` is what a guess would score, `readable` whether the metric found in the answer what it looks for.
+    """
 
     prompt: str
     expected: str
     answer: str
     score: float
     weight: float
+    chance: float = 0.0
+    readable: bool = True
 
 
 def protocol_of(spec: RunSpec, precision: str) -> dict[str, str | int | float | bool | None]:
@@ -70,11 +90,22 @@ def protocol_of(spec: RunSpec, precision: str) -> dict[str, str | int | float | 
         "decoding": "greedy",
         "few_shot": 0,
     }
-    for suite in spec.suites.all:
-        settings = suite.model_dump(mode="json", exclude={"path", "min_gain", "max_loss", "inherited_from"})
+    unscored = {"path", "min_gain", "max_loss", "json_schema", "inherited_from"}
+    for suite in spec.suites.every:
+        settings = suite.model_dump(mode="json", exclude=unscored)
         protocol[f"suite.{suite.name}"] = json.dumps(settings, sort_keys=True)
-        protocol[f"data.{suite.name}"] = hash_data(suite.path)
+        protocol[f"data.{suite.name}"] = _hash_of_data(suite)
+        if isinstance(suite, ValidJson) and suite.json_schema is not None:
+            protocol[f"schema.{suite.name}"] = hash_file(Path(suite.json_schema))
     return protocol
+
+
+def _hash_of_data(suite: AnySuite) -> str:
+    if isinstance(suite, Harness):
+        from training.harness_tasks import hash_task
+
+        return hash_task(suite)
+    return hash_data(suite.path)
 
 
 def protocol_hash(protocol: dict[str, Any], base: Path) -> str:
@@ -98,7 +129,7 @@ def score_model(job: ScoreJob) -> float:
         started = time.monotonic()
         spec = RunSpec.model_validate(job.spec)
         language_model = _load(job)
-        suites = {suite.name: _score_suite(suite, language_model) for suite in spec.suites.all}
+        suites = {suite.name: _score_suite(suite, language_model) for suite in spec.suites.every}
         probes = _probe(spec.suites.all, language_model)
         seconds = time.monotonic() - started
         answers = {name: [vars(answer) for answer in answers] for name, answers in suites.items()}
@@ -154,21 +185,30 @@ def _score_suite(suite: AnySuite, language_model: HarnessModel) -> list[Answered
     """
     from lm_eval.evaluator import evaluate
 
+    if isinstance(suite, Harness):
+        from training.harness_tasks import score_task
+
+        return score_task(suite, language_model)
     items = read_items(suite)
     language_model.suite = suite
-    task = _harness_task(suite, [render_item(suite, item, language_model.tokenizer) for item in items])
+    task = _harness_task(suite, [render_item(suite, item, language_model.tokenizer) for item in items], language_model)
     results = evaluate(language_model, {suite.name: task}, bootstrap_iters=0, log_samples=True)
     assert results is not None
     samples = sorted(results["samples"][suite.name], key=lambda sample: int(sample["doc_id"]))
     return [_answered(suite, item, sample) for item, sample in zip(items, samples, strict=True)]
 
 
-def _harness_task(suite: AnySuite, rendered: list[RenderedItem]) -> Any:
-    """The suite as a task of the harness, over documents that hold whole prompts."""
+def _harness_task(suite: FileSuite, rendered: list[RenderedItem], language_model: HarnessModel) -> Any:
+    """The suite as a task of the harness, over documents that hold whole prompts and what a score is divided by."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
-    documents = datasets.Dataset.from_list([vars(item) | {"choices": list(item.choices)} for item in rendered])
+    def document(item: RenderedItem) -> dict[str, Any]:
+        per_token = isinstance(suite, Perplexity)
+        size = len(text_ids(language_model.tokenizer, item.target)) if per_token else len(item.target.encode())
+        return vars(item) | {"choices": list(item.choices), "size": size}
+
+    documents = datasets.Dataset.from_list([document(item) for item in rendered])
     return ConfigurableTask(
         config={
             "task": suite.name,
@@ -183,17 +223,15 @@ def _harness_task(suite: AnySuite, rendered: list[RenderedItem]) -> Any:
     )
 
 
-def _exact_match_settings(suite: ExactMatch) -> dict[str, Any]:
+def _answering_settings(suite: Answering) -> dict[str, Any]:
     def process(document: dict[str, Any], results: list[str]) -> dict[str, float]:
-        given, wanted = results[0].strip(), document["target"].strip()
-        same = given.lower() == wanted.lower() if suite.ignore_case else given == wanted
-        return {"exact_match": float(same)}
+        return {"score": ANSWER_METRICS[type(suite)](suite, results[0], document["target"]).score}
 
     return {
         "output_type": "generate_until",
         "generation_kwargs": {"until": [], "max_gen_toks": suite.max_new_tokens, "do_sample": False},
         "process_results": process,
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
     }
 
 
@@ -206,50 +244,69 @@ def _accuracy_settings(_: Accuracy) -> dict[str, Any]:
     }
 
 
-def _cross_entropy_settings(suite: CrossEntropy) -> dict[str, Any]:
+def _likelihood_settings(suite: CrossEntropy | Perplexity) -> dict[str, Any]:
     def process(document: dict[str, Any], results: list[Any]) -> dict[str, float]:
         log_likelihood = results[0] if suite.text is not None else results[0][0]
-        return {"cross_entropy": -float(log_likelihood) / len(document["target"].encode())}
+        return {"score": -float(log_likelihood) / document["size"]}
 
     return {
         "output_type": "loglikelihood_rolling" if suite.text is not None else "loglikelihood",
         "process_results": process,
-        "metric_list": [{"metric": "cross_entropy", "aggregation": "mean", "higher_is_better": False}],
+        "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": False}],
     }
 
 
 _TASK_SETTINGS: dict[type, Callable[[Any], dict[str, Any]]] = {
-    ExactMatch: _exact_match_settings,
+    **dict.fromkeys(get_args(Answering), _answering_settings),
     Accuracy: _accuracy_settings,
-    CrossEntropy: _cross_entropy_settings,
+    CrossEntropy: _likelihood_settings,
+    Perplexity: _likelihood_settings,
 }
 
 
-def _answered(suite: AnySuite, item: SuiteItem, sample: dict[str, Any]) -> Answered:
-    if isinstance(suite, ExactMatch):
-        return Answered(item.prompt, item.completion, sample["filtered_resps"][0], sample["exact_match"], 1.0)
+def _answered(suite: FileSuite, item: SuiteItem, sample: dict[str, Any]) -> Answered:
     if isinstance(suite, Accuracy):
-        likelihoods = [float(response[0]) for response in sample["filtered_resps"]]
-        chosen = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-        return Answered(item.prompt, item.completion, item.choices[chosen], float(sample["acc"]), 1.0)
-    score, num_bytes = sample["cross_entropy"], len(sample["doc"]["target"].encode())
-    return Answered(item.prompt, item.completion, f"{score:.4f} nats per byte", score, float(num_bytes))
+        return _chosen(suite, item, [float(response[0]) for response in sample["filtered_resps"]])
+    if isinstance(suite, CrossEntropy | Perplexity):
+        score, size = float(sample["score"]), float(sample["doc"]["size"])
+        return Answered(item.prompt, item.completion, f"{score:.4f} {NATS[suite.metric]}", score, size)
+    answer = str(sample["filtered_resps"][0])
+    worth = ANSWER_METRICS[type(suite)](suite, answer, item.completion)
+    chance = 1 / len(suite.labels) if isinstance(suite, Classification) else 0.0
+    return Answered(item.prompt, item.completion, answer, worth.score, 1.0, chance, worth.readable)
 
 
-def _probe(suites: tuple[AnySuite, ...], language_model: HarnessModel) -> list[dict[str, Any]]:
+def _chosen(suite: Accuracy, item: SuiteItem, likelihoods: list[float]) -> Answered:
+    """The likeliest choice, after division by its bytes where the suite normalises."""
+    if suite.normalise == "bytes":
+        likelihoods = [value / len(choice.encode()) for value, choice in zip(likelihoods, item.choices, strict=True)]
+    chosen = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+    score = float(chosen == item.right)
+    return Answered(item.prompt, item.completion, item.choices[chosen], score, 1.0, 1 / len(item.choices))
+
+
+def _probe(suites: tuple[FileSuite, ...], language_model: HarnessModel) -> list[dict[str, Any]]:
     """Teacher-forced log-probabilities of a few prompts, which the endpoint must agree with before it is used."""
     import torch
 
     model, tokenizer = language_model.model, language_model.tokenizer
     probes = []
-    for suite in suites[:PROBE_PROMPTS]:
-        item = read_items(suite.model_copy(update={"limit": 1}))[0]
-        rendered = render_item(suite, item, tokenizer)
-        ids = (context_ids(suite, rendered.prompt, tokenizer) + text_ids(tokenizer, rendered.target))[:PROBE_TOKENS]
+    for ids, where in _probe_ids(suites, tokenizer):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -len(ids) :].float()
         given = logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:], device=logits.device)[:, None])
         if not bool(given.isfinite().all()):
-            raise fail("the model's log-probabilities are not finite numbers", item.where, _DIVERGED)
+            raise fail("the model's log-probabilities are not finite numbers", where, _DIVERGED)
         probes.append({"token_ids": ids, "log_probs": given[:, 0].tolist()})
     return probes
+
+
+def _probe_ids(suites: tuple[FileSuite, ...], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], str]]:
+    """The first item of a few suites; a sentence where all suites are tasks of the harness."""
+    for suite in suites[:PROBE_PROMPTS]:
+        item = read_items(suite.model_copy(update={"limit": 1}))[0]
+        rendered = render_item(suite, item, tokenizer)
+        ids = context_ids(suite, rendered.prompt, tokenizer) + text_ids(tokenizer, rendered.target)
+        yield ids[:PROBE_TOKENS], item.where
+    if not suites:
+        yield text_ids(tokenizer, _PROBE_SENTENCE)[:PROBE_TOKENS], "a sentence"

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 from pydantic import Field, ValidationInfo, create_model, field_validator, model_validator
 
 from training.section import Count, Flag, Fraction, Name, Positive, Section, Source, Text, fault
-from training.spec import Contract, Data, Export, Scaling, Suite, Training
+from training.spec import Contract, Data, Export, Scaling, Training
 from training.strategy import ImportanceFolder, Normalise, Objective, Protection, Sft, Tuning, Update, known_model
+from training.suite_spec import Suite
 
 
 class CarriedReplay(Section):

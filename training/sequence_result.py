@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from training.scorecard import Scorecard, SuiteScore
+from training.scorecard import Scorecard, State, SuiteScore
 from training.sequence import SequenceSpec
 from training.transfer import forgetting_per_task, summarise
 from training.workspace import read_json, write_json
@@ -39,7 +39,7 @@ class Row(_Record):
 
     task: str | None
     run: str | None
-    contract: Literal["kept", "broken"] | None
+    contract: State | None
     model_hash: str
     base_hash: str | None
     scores: tuple[float | None, ...]

@@ -15,7 +15,7 @@ from training.sequence import AnyCarried, CarriedEwc, CarriedReplay, CarriedSi, 
 from training.spec import CrossEntropy, RunSpec, Suites
 from training.specfile import read_section, where_of
 from training.strategy import Ewc, Replay, Si, Wise, is_adapter, unmergeable
-from training.suites import AnySuite
+from training.suite_spec import AnySuite
 from training.workspace import MERGED_FOLDER
 from training.yamlfile import Location, read_yaml
 

@@ -13,7 +13,6 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from training.peft_methods import PROMPT_METHODS
 from training.section import (
     Count,
-    DataLocation,
     Flag,
     Fraction,
     Name,
@@ -41,6 +40,17 @@ from training.strategy import (
     tuning_refusal,
     unmergeable,
 )
+from training.suite_spec import (
+    Accuracy,
+    AnySuite,
+    CrossEntropy,
+    ExactMatch,
+    FileSuite,
+    Harness,
+    Suites,
+)
+
+__all__ = ["Accuracy", "AnySuite", "CrossEntropy", "ExactMatch", "FileSuite", "Harness", "RunSpec", "Suites"]
 
 ProtectionType = TypeVar("ProtectionType", bound=Section)
 
@@ -126,105 +136,19 @@ class Data(Section):
         return self
 
 
-class _Suite(Section):
-    """What every suite has: a file of items, and thresholds of its own in place of the contract's.
-
-    `inherited_from` names the run whose target it was, where lineage brought it in; it is set by Tenure.
-    """
-
-    name: Name
-    path: DataLocation
-    limit: Count | None = None
-    min_gain: NonNegative | None = None
-    max_loss: NonNegative | None = None
-    inherited_from: Name | None = None
-
-
-class ExactMatch(_Suite):
-    """Share of items whose greedy answer, stripped, equals the completion."""
-
-    metric: Literal["exact_match"]
-    prompt: Text
-    completion: Text
-    system: Text | None = None
-    chat: Flag | Literal["auto"] = "auto"
-    max_new_tokens: Count = 64
-    ignore_case: Flag = False
-
-
-class Accuracy(_Suite):
-    """Share of items whose right choice has the highest log-likelihood after the prompt (cloze form).
-
-    `choices` names a column that holds a list, or is the list itself; `answer` names the column with the right
-    choice, as its text or its index from 0.
-    """
-
-    metric: Literal["accuracy"]
-    prompt: Text
-    choices: Text | Annotated[tuple[Text, ...], Field(min_length=2)]
-    answer: Text
-    chat: Flag | Literal["auto"] = False
-
-
-class CrossEntropy(_Suite):
-    """Nats per UTF-8 byte on plain text, or on a completion after its prompt. Lower is better."""
-
-    metric: Literal["cross_entropy"]
-    text: Text | None = None
-    prompt: Text | None = None
-    completion: Text | None = None
-    chat: Flag | Literal["auto"] = False
-
-    @model_validator(mode="after")
-    def _one_form(self) -> CrossEntropy:
-        pair = self.prompt is not None and self.completion is not None
-        if (self.text is not None) == pair or (self.text is not None and (self.prompt or self.completion)):
-            raise fault("cross-entropy needs text, or a prompt and a completion", "set one of the two forms")
-        if self.text is not None and self.chat is True:
-            raise fault("plain text has no chat turns", "remove chat: true", ("chat",))
-        return self
-
-
-Suite = Annotated[ExactMatch | Accuracy | CrossEntropy, Field(discriminator="metric")]
-
-
-class Suites(Section):
-    """What is scored: target suites measure gain, retention suites measure forgetting.
-
-    `inherit` adds the targets of the runs that the base model came from to the retention suites.
-    """
-
-    target: Annotated[tuple[Suite, ...], Field(min_length=1)]
-    retention: tuple[Suite, ...] = ()
-    inherit: Flag = True
-
-    @model_validator(mode="after")
-    def _names_and_thresholds(self) -> Suites:
-        names: set[str] = set()
-        for role in ("target", "retention"):
-            wrong = "max_loss" if role == "target" else "min_gain"
-            for index, suite in enumerate(getattr(self, role)):
-                if suite.name in names:
-                    raise fault(f"two suites are called '{suite.name}'", "give each its own name", (role, index))
-                names.add(suite.name)
-                if getattr(suite, wrong) is not None:
-                    right = "min_gain" if role == "target" else "max_loss"
-                    raise fault(f"{wrong} means nothing for a {role} suite", f"use {right}", (role, index, wrong))
-        return self
-
-    @property
-    def all(self) -> tuple[ExactMatch | Accuracy | CrossEntropy, ...]:
-        return (*self.target, *self.retention)
-
-
 class Contract(Section):
     """The promise: every target suite gains at least min_gain, no retention suite loses more than max_loss.
 
     In the unit of each suite's metric: a share for exact match and accuracy, nats per byte for cross-entropy.
+    `min_retention` and `max_mean_loss` bind all retention suites that are scored as shares together. `judge_by:
+    interval` takes the end of the 95 % interval that speaks against the promise, and leaves undecided what it holds.
     """
 
     min_gain: NonNegative = 0.0
     max_loss: NonNegative = 0.02
+    min_retention: Fraction | None = None
+    max_mean_loss: NonNegative | None = None
+    judge_by: Literal["estimate", "interval"] = "estimate"
 
 
 class Training(Section):

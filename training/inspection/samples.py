@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import Any
 
 from training.chat import learned_turns
-from training.rows import Conversation, Example, Passage, Preference, SuiteItem, examples, read_items
+from training.items import SuiteItem, read_items
+from training.rows import Conversation, Example, Passage, Preference, examples
 from training.section import Source
-from training.spec import Accuracy, CrossEntropy, ExactMatch
+from training.suite_spec import FileSuite
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def sample_of(example: Example) -> Sample:
     return _of_preference(example) if isinstance(example, Preference) else _of_conversation(example)
 
 
-def read_suite(suite: ExactMatch | Accuracy | CrossEntropy) -> Iterator[Sample]:
+def read_suite(suite: FileSuite) -> Iterator[Sample]:
     """Every item of a suite, up to its limit.
 
     Raises:

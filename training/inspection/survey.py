@@ -19,11 +19,13 @@ from training.inspection.oddities import TEXTS, find_oddities
 from training.inspection.private import find_private, mask_private
 from training.inspection.samples import Sample, sample_of, sample_of_item
 from training.inspection.tokens import RowEncoder, TokenCounts
-from training.rows import MAX_PROBLEMS, examples, read_items
+from training.items import read_items
+from training.rows import MAX_PROBLEMS, examples
 from training.section import Source
 from training.spec import RunSpec
 from training.strategy import Replay
-from training.suites import AnySuite, encode_item
+from training.suite_spec import FileSuite
+from training.suites import encode_item
 from training.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -151,7 +153,7 @@ def _rows_of(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row
     raise_all(problems)
 
 
-def _items_of(suite: AnySuite, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
+def _items_of(suite: FileSuite, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
     for item in read_items(suite):
         yield sample_of_item(item), (encode_item(suite, item, tokenizer, _NO_LIMIT),)
 
