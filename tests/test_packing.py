@@ -295,14 +295,9 @@ def spec_with(folder: Path, model: Path, packing: Any, **keys: Any) -> Any:
     return load_spec(write_tiny_spec(folder, model, training=training, **keys))
 
 
-def test_auto_packs_on_gpus_alone(tiny_model: Path, tmp_path: Path) -> None:
-    gpu = {"gpus_per_worker": 1}
-    assert row_tokens(spec_with(tmp_path, tiny_model, "auto")) == 0
-    assert row_tokens(spec_with(tmp_path, tiny_model, "auto", scaling=gpu)) == 64
-    assert row_tokens(spec_with(tmp_path, tiny_model, False, scaling=gpu)) == 0
+def test_rows_are_packed_where_it_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    assert row_tokens(spec_with(tmp_path, tiny_model, False)) == 0
     assert row_tokens(spec_with(tmp_path, tiny_model, True)) == 64
-    prompts = {"type": "prompt_tuning"}
-    assert row_tokens(spec_with(tmp_path, tiny_model, "auto", scaling=gpu, tuning=prompts)) == 0
 
 
 def test_what_cannot_be_packed_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -215,26 +215,18 @@ def test_overlong_replay_rows_are_treated_as_training_rows_are(tiny_model: Path,
 
 # ------------------------------------------------------------------------------------------------ training
 
-TRAINING = STEPS | {"max_steps": 8, "epochs": 2}
+# Eight steps an epoch: 45 rows, six a step beside two that are replayed.
+TRAINING = STEPS | {"epochs": 3}
 
 
 @pytest.fixture(scope="module")
 def two_replaying(
     ray_cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int | str, JobValues]:
-    """Full tuning with replay on two workers: given rows at ZeRO 0 and 3, and rows that the base writes."""
+    """Full tuning with replay on two workers: given rows at every ZeRO stage, and rows that the base writes."""
     folder = tmp_path_factory.mktemp("replaying")
     jobs: dict[int | str, JobValues] = {
-        stage: start_job(
-            folder / str(stage),
-            tiny_model,
-            workers=2,
-            zero=stage,
-            tuning={"type": "full"},
-            training=TRAINING,
-            protections=replay_of(folder),
-        )
-        for stage in (0, 3)
+        stage: replay_job(folder / str(stage), tiny_model, folder, workers=2, zero=stage) for stage in range(4)
     }
     written = [{"type": "replay", "generate": {"examples": 6, "max_new_tokens": 8}}]
     job = start_job(folder / "written", tiny_model, workers=2, zero=1, training=TRAINING, protections=written)
@@ -242,6 +234,11 @@ def two_replaying(
     jobs["written"] = job | {"prepared": str(data)}
     train_in_group(list(jobs.values()), 2, folder / "ray")
     return jobs
+
+
+def replay_job(folder: Path, model: Path, facts: Path, **scale: int) -> JobValues:
+    protections = replay_of(facts)
+    return start_job(folder, model, tuning={"type": "full"}, training=TRAINING, protections=protections, **scale)
 
 
 def in_plain_torch(job: JobValues) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -260,10 +257,11 @@ def in_plain_torch(job: JobValues) -> tuple[list[float], dict[str, torch.Tensor]
         queue += order
     rates = [row["learning_rate"] for row in rows_of(run_of(job)) if row["kind"] == "step"]
     curve = []
-    for step in range(8):
+    for step in range(20):
+        epoch, place = divmod(step, 8)
         order = list(range(len(data.train)))
-        random.Random(f"{settings.seed}/0").shuffle(order)
-        batch = [data.train[index] for index in order[step * 6 : step * 6 + 6]]
+        random.Random(f"{settings.seed}/{epoch}").shuffle(order)
+        batch = [data.train[index] for index in order[place * 6 : place * 6 + 6]]
         batch += [data.replay[index] for index in queue[step * 2 : step * 2 + 2]]
         total = torch.zeros(())
         for example in batch:
@@ -281,26 +279,49 @@ def in_plain_torch(job: JobValues) -> tuple[list[float], dict[str, torch.Tensor]
     return curve, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_two_workers_replay_as_plain_torch_does(two_replaying: dict[int | str, JobValues], stage: int) -> None:
-    job = two_replaying[stage]
-    curve, final = in_plain_torch(job)
+@pytest.fixture(scope="module")
+def plain(two_replaying: dict[int | str, JobValues]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    return in_plain_torch(two_replaying[0])
+
+
+def expect(job: JobValues, plain: tuple[list[float], dict[str, torch.Tensor]]) -> None:
+    curve, final = plain
     assert losses(job) == pytest.approx(curve, abs=1e-4)
     given = weights(job)
     assert max((given[name] - final[name]).abs().max().item() for name in given) < 1e-5
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_two_workers_replay_as_plain_torch_does(
+    two_replaying: dict[int | str, JobValues], plain: tuple[list[float], dict[str, torch.Tensor]], stage: int
+) -> None:
+    expect(two_replaying[stage], plain)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_one_worker_replays_as_plain_torch_does(
+    one_process: None,
+    tiny_model: Path,
+    plain: tuple[list[float], dict[str, torch.Tensor]],
+    tmp_path: Path,
+    stage: int,
+) -> None:
+    job = replay_job(tmp_path / "run", tiny_model, tmp_path, zero=stage)
+    train_here(job).engine.destroy()
+    expect(job, plain)
 
 
 def test_the_realised_shares_are_logged_and_told(two_replaying: dict[int | str, JobValues]) -> None:
     job = two_replaying[0]
     rows = rows_of(run_of(job))
     steps = [row for row in rows if row["kind"] == "step"]
-    assert [row["num_replay"] for row in steps] == [2] * 8
-    assert [row["num_rows"] for row in steps] == [8] * 7 + [5], "45 rows, six a step: the eighth holds three"
+    assert [row["num_replay"] for row in steps] == [2] * 20
+    assert [row["num_rows"] for row in steps] == ([8] * 7 + [5]) * 2 + [8] * 4, "the eighth of an epoch holds three"
     (total,) = [row for row in rows if row["kind"] == "replay"]
     for name in ("num_rows", "num_replay", "num_target_tokens", "num_replay_target_tokens"):
         assert total[name] == sum(row[name] for row in steps)
     told = dict(cost_rows(read_metrics(run_of(job).metrics), 0.0))
-    assert told["replayed rows"] == "16 of 61 (26.2%)"
+    assert told["replayed rows"] == "40 of 154 (26.0%)"
     realised = total["num_replay_target_tokens"] / total["num_target_tokens"]
     assert told["replayed target tokens"].endswith(f"({realised:.1%})")
     assert realised == pytest.approx(plan_of(job).replay_token_share or 0.0, abs=0.1)
@@ -309,7 +330,7 @@ def test_the_realised_shares_are_logged_and_told(two_replaying: dict[int | str, 
 def test_rows_that_the_base_writes_in_a_task_are_replayed(two_replaying: dict[int | str, JobValues]) -> None:
     job = two_replaying["written"]
     steps = [row for row in rows_of(run_of(job)) if row["kind"] == "step"]
-    assert [row["num_replay"] for row in steps] == [2] * 8
+    assert [row["num_replay"] for row in steps] == [2] * 20
     assert all(row["num_replay_target_tokens"] > 0 for row in steps)
     cache = run_of(job).path.parents[1] / "cache" / "replay"
     assert sorted(file.suffix for file in cache.iterdir()) == [".json", ".jsonl", ".log"]
@@ -321,7 +342,7 @@ def test_a_resumed_run_replays_what_an_uninterrupted_one_does(
     one_process: None, tiny_model: Path, tmp_path: Path
 ) -> None:
     keys: dict[str, Any] = {"tuning": {"type": "full"}, "protections": replay_of(tmp_path)}
-    training = TRAINING | {"checkpoint_every_steps": 3}
+    training = TRAINING | {"max_steps": 8, "checkpoint_every_steps": 3}
     whole, cut = (start_job(tmp_path / name, tiny_model, training=training, **keys) for name in ("whole", "cut"))
     train_here(whole)
     train_here(cut | {"plan": cut["plan"] | {"steps": 3, "checkpoint_every_steps": 3}})

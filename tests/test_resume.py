@@ -10,10 +10,11 @@ import pytest
 import torch
 from commands import Command, last_step
 from conftest import WholeRun
-from jobs import STEPS, JobValues, artifact_weights, rows_of, run_of, start_job, train_here
+from jobs import LONG, STEPS, JobValues, artifact_weights, rows_of, run_of, start_job, train_here, write_spec
 
 from training.checkpoint import find_damage, latest_checkpoint
 from training.errors import TenureError
+from training.seen import read_seen
 from training.worker import Job, Trainer
 from training.workspace import RunFolder
 
@@ -90,6 +91,27 @@ def test_ray_restarts_workers_within_the_budget(kept_run: WholeRun, broken_run: 
     assert resume % 3 == 0
     assert_same_artifact(broken_run.run, kept_run.run)
     assert_no_step_is_missing(broken_run.run)
+
+
+def test_every_example_is_seen_once_an_epoch_across_a_change_of_world_size(tiny_model: Path, tmp_path: Path) -> None:
+    """By what the workers themselves wrote down: two, killed at a random step, then one at another ZeRO stage."""
+    training = LONG | {"epochs": 2, "max_steps": None, "validate_every_steps": 0, "log_examples": True}
+    spec = write_spec(tmp_path, tiny_model, training=training, scaling={"workers": 2, "zero_stage": 3})
+    workspace = tmp_path / "workspace"
+    run = RunFolder(workspace / "runs" / "tiny-1")
+    killed = Command.start("train", spec, workspace=workspace)
+    killed.kill_a_worker_at(random.Random(7).randrange(2, 10), run)
+    assert killed.finish() == 2, killed.err
+    again = Command.start("resume", run.id, "--workers", "1", "--zero-stage", "1", workspace=workspace)
+    assert again.finish() in (0, 3), again.err
+    (resume,) = [row["step"] for row in rows_of(run) if row["kind"] == "resume"]
+    assert 0 < resume < 12
+    seen = read_seen(run.examples)
+    assert sorted(seen) == list(range(1, 13))
+    for first in (1, 7):
+        epoch = [example for step in range(first, first + 6) for example in seen[step]]
+        assert sorted(epoch) == list(range(45))
+    assert seen[1] != seen[7], "an order of its own in every epoch"
 
 
 @pytest.fixture(scope="module")

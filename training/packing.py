@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Sequence
 
-from training.peft_methods import PROMPT_METHODS
 from training.spec import RunSpec
 from training.store import Numbers
 
@@ -14,11 +13,8 @@ BATCHES_LOOKED_AT = 2000
 
 
 def row_tokens(spec: RunSpec) -> int:
-    """Tokens of a packed row, or 0 where examples are not packed: with `auto` on GPUs, where nothing speaks against."""
-    packing = spec.training.packing
-    wanted = bool(spec.scaling.gpus_per_worker) if packing == "auto" else packing
-    unfit = spec.objective.type == "dpo" or spec.tuning.type in (*PROMPT_METHODS, "adaption_prompt")
-    return spec.training.max_length if wanted and not unfit else 0
+    """Tokens of a packed row, or 0 where examples are not packed."""
+    return spec.training.max_length if spec.training.packing else 0
 
 
 def pack(indices: Iterable[int], lengths: Sequence[int] | Numbers, capacity: int) -> list[list[int]]:

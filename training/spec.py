@@ -164,7 +164,7 @@ class Training(Section):
     global_batch_size: Count = 32
     micro_batch_size: Count | Literal["auto"] = "auto"
     max_length: Count = 1024
-    packing: Flag | Literal["auto"] = "auto"
+    packing: Flag = False
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: Natural = 0
     validation_items: Natural = 64
@@ -285,12 +285,12 @@ class RunSpec(Section):
     @classmethod
     def _can_be_packed(cls, value: Training, info: ValidationInfo) -> Training:
         objective, tuning = info.data.get("objective"), info.data.get("tuning")
-        if value.packing is True and objective and objective.type == "dpo":
+        if value.packing and objective and objective.type == "dpo":
             what = "the two answers of a pair are compared, so they have to stand in rows of their own"
-            raise fault(what, "set packing: auto or false", ("packing",))
-        if value.packing is True and tuning and tuning.type in (*PROMPT_METHODS, "adaption_prompt"):
+            raise fault(what, "set packing: false", ("packing",))
+        if value.packing and tuning and tuning.type in (*PROMPT_METHODS, "adaption_prompt"):
             what = f"{tuning.type} sets its prompt before every row, where packed examples would share it"
-            raise fault(what, "set packing: auto or false", ("packing",))
+            raise fault(what, "set packing: false", ("packing",))
         return value
 
     @field_validator("training")
