@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from rich.console import Console
 from rich.table import Table
 
-from training.tracking import EXPERIMENT, client
+from training.mlflow_store import client
+from training.tracking import EXPERIMENT
 from training.workspace import Workspace
 
 SHOWN = 50

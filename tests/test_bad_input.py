@@ -211,7 +211,7 @@ def with_small_disk(folder: Path, filled: bool) -> list[str]:
     ("filled", "what", "instead"),
     [
         (False, "the run needs 0.3 GiB of disk and 0.0 GiB are free", "free some space"),
-        (True, "no space left on device", "put --workspace on a disk with room"),
+        (True, "the encoded data cannot be written: No space left on device", "free some space"),
     ],
     ids=["small", "full"],
 )

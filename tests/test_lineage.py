@@ -113,7 +113,8 @@ def registered(run: RunFolder, workspace: Workspace) -> None:
     verdict = Verdict(verdict="kept", min_gain=0, max_loss=1, reasons=())
     card = Scorecard.model_construct(artifact_hash=hash_folder(run.artifact), base_hash="b", contract=verdict)
     register(workspace, run, spec, card)
-    from training.tracking import client, tracking_id_of
+    from training.mlflow_store import client
+    from training.tracking import tracking_id_of
 
     for file in (run.spec, run.lineage):
         client(workspace).log_artifact(tracking_id_of(run), str(file))

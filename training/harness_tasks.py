@@ -13,11 +13,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from training.errors import TenureError, fail
+from training.items import Answered
 from training.suite_spec import Harness
 
 if TYPE_CHECKING:
     from training.harness import HarnessModel
-    from training.scoring import Answered
 
 _FEW_SHOT_SEED = 1234  # the harness's own
 
@@ -134,8 +134,6 @@ def score_task(suite: Harness, language_model: HarnessModel) -> list[Answered]:
 
 
 def _answered(suite: Harness, task: Any, name: str, sample: dict[str, Any]) -> Answered:
-    from training.scoring import Answered
-
     score = sample[name]
     if not isinstance(score, int | float) or not 0 <= score <= 1:
         raise fail(f"the metric '{name}' gave {score!r}, which is no share between 0 and 1", suite.name, "set score")

@@ -6,13 +6,14 @@ import re
 from typing import Any
 
 from training.errors import fail
-from training.locations import DataFile
 
 _NAME = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 
 
-def hub_files(url: str) -> list[DataFile]:
-    """The Arrow files of a split in the cache of `datasets`, which asks the hub unless HF_HUB_OFFLINE=1.
+def hub_files(url: str) -> list[tuple[str, str]]:
+    """The Arrow files of a split in the cache of `datasets`, each as what to call it and its path.
+
+    `datasets` asks the hub unless HF_HUB_OFFLINE=1.
 
     Raises:
         TenureError: the name is none, the hub has no such dataset or cannot be reached, or a split must be named.
@@ -25,7 +26,7 @@ def hub_files(url: str) -> list[DataFile]:
     if split not in splits:
         what = f"there is no split {split}" if split else "the dataset has several splits"
         raise fail(f"{what}: it has {', '.join(splits)}", url, f"write {_with_split(url, next(iter(splits)))}")
-    return [DataFile(_with_split(url, split), part["filename"]) for part in splits[split].cache_files]
+    return [(_with_split(url, split), part["filename"]) for part in splits[split].cache_files]
 
 
 def _with_split(url: str, split: str) -> str:

@@ -31,6 +31,22 @@ class SuiteItem:
     turns: Messages = ()
 
 
+@dataclass(frozen=True)
+class Answered:
+    """An item's answer, its score, and its weight in the suite's mean (bytes for cross-entropy, tokens for perplexity).
+
+    `chance` is what a guess would score, `readable` whether the metric found in the answer what it looks for.
+    """
+
+    prompt: str
+    expected: str
+    answer: str
+    score: float
+    weight: float
+    chance: float = 0.0
+    readable: bool = True
+
+
 def read_items(suite: FileSuite) -> list[SuiteItem]:
     """The items of a suite (the first `limit` of them), or every row's fault at once."""
     reader = _READERS[type(suite)]

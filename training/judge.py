@@ -11,11 +11,11 @@ from typing import Literal, get_args
 import numpy as np
 
 from training.contract import judge, num_to_decide, state_of
+from training.items import Answered
 from training.metrics import ANSWER_METRICS, NATS, same_answer
 from training.models import hash_folder
 from training.overall import promises, summarise_forgetting
 from training.scorecard import Item, Probe, Scorecard, State, SuiteScore
-from training.scoring import Answered
 from training.spec import Contract, RunSpec
 from training.stats import discordant, holm, p_value, paired_interval
 from training.suite_spec import Agreement, Answering, AnySuite, Length, has_answer

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.errors import Problem, fail, raise_all
 from training.locations import Location, hash_data, is_there
+from training.mlflow_store import client
 from training.models import find_model, hash_folder
 from training.spec import RunSpec
 from training.suite_spec import AnySuite
@@ -50,8 +51,6 @@ def find_base(name: str, workspace: Workspace) -> Path:
 def _registered(name: str, workspace: Workspace) -> Path:
     """The artifact that the registry keeps under a name and a version or an alias."""
     from mlflow.exceptions import MlflowException
-
-    from training.tracking import client
 
     model, at, alias = name.removeprefix(REGISTRY).partition("@")
     model, _, version = (model, "", "") if at else model.partition("/")
@@ -126,8 +125,6 @@ def _ancestor(run: str, folder: Path) -> Ancestor:
 def _ancestor_by_hash(run: str, model: Path, workspace: Workspace) -> Ancestor | None:
     """The run that the registry knows by the hash of its artifact, with the spec that it was tracked with."""
     from mlflow.exceptions import MlflowException
-
-    from training.tracking import client
 
     store = client(workspace)
     try:

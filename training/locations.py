@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from training.errors import TenureError, fail
+from training.hub import hub_files
 
 Location = Path | str
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -80,9 +81,7 @@ def files_of(location: Location) -> list[DataFile]:
     if isinstance(location, Path):
         return _local_files(location)
     if location.startswith("hf://") and not location.startswith("hf://datasets/"):
-        from training.hub import hub_files
-
-        return hub_files(location)
+        return [DataFile(*named) for named in hub_files(location)]
     return _remote_files(location)
 
 

@@ -9,9 +9,9 @@ from typing import Literal
 
 import numpy as np
 
+from training.items import Answered
 from training.judge import against_base, threshold_of
 from training.metrics import NATS
-from training.scoring import Answered
 from training.spec import RunSpec
 from training.stats import items_to_see
 from training.suite_spec import AnySuite

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from training.encoding import load_tokenizer
 from training.errors import fail
-from training.items import SuiteItem, read_items
+from training.items import Answered, SuiteItem, read_items
 from training.locations import hash_data
 from training.metrics import ANSWER_METRICS, NATS
 from training.models import hash_file, hash_folder
@@ -62,22 +62,6 @@ class ScoreJob:
     is_adapter: bool
     target: str
     log: str
-
-
-@dataclass(frozen=True)
-class Answered:
-    """An item's answer, its score, and its weight in the suite's mean (bytes for cross-entropy, tokens for perplexity).
-
-    `chance` is what a guess would score, `readable` whether the metric found in the answer what it looks for.
-    """
-
-    prompt: str
-    expected: str
-    answer: str
-    score: float
-    weight: float
-    chance: float = 0.0
-    readable: bool = True
 
 
 def protocol_of(spec: RunSpec, precision: str) -> dict[str, str | int | float | bool | None]:

@@ -13,6 +13,7 @@ from training.errors import fail
 from training.judge import package_versions
 from training.lineage import run_of_model
 from training.locations import hash_data
+from training.mlflow_store import client
 from training.models import hash_folder
 from training.plan import Plan
 from training.quiet import be_quiet
@@ -56,15 +57,6 @@ def _commit() -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
-
-
-def client(workspace: Workspace) -> MlflowClient:
-    """A client of the workspace's store (or of $MLFLOW_TRACKING_URI); telemetry and its log are off."""
-    be_quiet()
-    from mlflow.tracking import MlflowClient
-
-    workspace.root.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=workspace.tracking_uri)
 
 
 def start_tracking(workspace: Workspace, run: RunFolder, spec: RunSpec, plan: Plan, lineage: dict[str, Any]) -> str:
