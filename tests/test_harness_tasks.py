@@ -15,7 +15,8 @@ from tiny_spec import write_rows, write_tiny_spec
 
 from training.errors import TenureError
 from training.harness_tasks import hash_task, load_task
-from training.scoring import Answered, ScoreJob, read_scores, score_model
+from training.items import Answered
+from training.scoring import ScoreJob, _alone, read_scores, score_model
 from training.specfile import load_spec
 from training.suite_spec import Harness
 
@@ -58,7 +59,8 @@ def command_line(folder: Path, model: Path, task: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", str(task), "--batch_size", "16"]
     command += ["--model_args", f"pretrained={model},dtype=float32", "--device", "cpu", "--log_samples"]
     command += ["--output_path", str(folder / "out")]
-    environment = {**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    with _alone():
+        environment = {**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     (results,) = (folder / "out").rglob("results_*.json")
