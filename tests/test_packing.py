@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jobs import losses, plan_of, rows_of, run_of, single_process, start_job, train_here, weights
+from jobs import losses, plan_of, rows_of, run_of, start_job, train_here, weights
 from tiny_spec import write_rows, write_tiny_spec
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -241,12 +240,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "full stm": {"tuning": {"type": "full"}, "protections": [{"type": "stm", "threshold": 1000.0}]},
     "replay": {"protections": [{"type": "replay", "share": 0.25, "data": []}]},
 }
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with single_process(tmp_path_factory.mktemp("group")):
-        yield
 
 
 @pytest.mark.parametrize("name", RUNS)
