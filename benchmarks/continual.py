@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional
 
-from training.layout import Layout, Sheet
-from training.protections import PathIntegral, QuadraticPull
-from training.squares import diagonal_fisher
+from training.protection.layout import Layout, Sheet
+from training.protection.protections import PathIntegral, QuadraticPull
+from training.protection.squares import diagonal_fisher
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,8 +37,8 @@ from torch.nn import functional
 from cluster.aids import ready_aids, ready_data
 from cluster.pipeline import hash_training, plan_run, read_spec
 from cluster.session import ray_session
-from training.encoding import Encoded
-from training.prepare import load_prepared
+from training.data.encoding import Encoded
+from training.data.prepare import load_prepared
 from training.tuning import load_base
 from training.worker import Job, Trainer, make_job
 from training.workspace import RunFolder, Workspace

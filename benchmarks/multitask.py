@@ -27,10 +27,10 @@ from torch.nn import functional
 from benchmarks.language_pair import alone
 from benchmarks.multitask_data import TASKS, write_tasks
 from cluster.pipeline import hash_training, plan_run, read_spec
-from training.encoding import Encoded
+from training.data.encoding import Encoded
+from training.data.prepare import load_prepared
 from training.fetch import fetch_data, fetch_model
-from training.prepare import load_prepared
-from training.report_metrics import read_metrics, task_totals
+from training.reporting.curves import read_metrics, task_totals
 from training.tuning import load_base
 from training.worker import Job, Trainer, make_job
 from training.workspace import RunFolder, Workspace, read_json

@@ -29,8 +29,8 @@ import torch.distributed as dist
 import yaml
 
 from cluster.sequence import train_sequence
-from training.sequence_folder import find_sequence
-from training.sequence_result import read_result
+from training.sequences.folder import find_sequence
+from training.sequences.result import read_result
 from training.workspace import Workspace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from cluster.passes import ready_importances
 from cluster.tasks import run_tasks
-from training.generate import replay_job, write_replay
-from training.prepare import load_prepared, prepare
+from training.data.prepare import load_prepared, prepare
+from training.objective.generate import replay_job, write_replay
 from training.spec import RunSpec
 from training.strategy import Replay
 from training.workspace import Workspace, read_json
@@ -52,8 +52,8 @@ def ready_aids(
 
 def ready_signals(spec: RunSpec, prepared: Path, workspace: Workspace, logs: Path) -> dict[str, str]:
     """The files of what frozen models say about the training rows, computed where they are not there yet."""
-    from training.scoring import scoring_precision
-    from training.signals import compute_signals, signal_jobs
+    from training.evaluation.scoring import scoring_precision
+    from training.objective.signals import compute_signals, signal_jobs
 
     jobs = signal_jobs(spec, prepared, workspace, scoring_precision(spec.scaling.gpus_per_worker), logs)
     missing = [job for job in jobs.values() if not Path(job.target).is_file()]
@@ -69,7 +69,7 @@ def describe_aids(spec: RunSpec, prepared: Path, aids: dict[str, str]) -> str:
     """
     if not any(protection.type in ("flow", "stm") for protection in spec.protections):
         return ""
-    from training.weighing import describe, weigh
+    from training.objective.weighing import describe, weigh
 
     data = load_prepared(prepared)
     return describe(data, weigh(data, spec, aids))

@@ -12,13 +12,13 @@ from rich.text import Text
 from cluster import pipeline
 from cluster.inspecting import tell_leakage
 from cluster.screen import facts
-from training.encoding import Encoded, load_tokenizer, preview
+from training.data.encoding import Encoded, load_tokenizer, preview
+from training.data.prepare import load_prepared
+from training.data.rows import count_faults
+from training.data.shapes import describe_source
 from training.lineage import describe_lineage
 from training.plan import GIB, Plan, describe_replay, describe_tasks
-from training.prepare import load_prepared
-from training.rows import count_faults
 from training.section import Source
-from training.shapes import describe_source
 from training.spec import RunSpec
 from training.strategy import Replay
 from training.workspace import Workspace

@@ -45,7 +45,7 @@ def cli(context: click.Context, workspace: str) -> None:
 def check(context: click.Context, spec: Path) -> None:
     """Validate SPEC and show what it would do: sizes, memory, steps, and which tokens carry loss."""
     from cluster import checking, sequence
-    from training.sequence_steps import is_sequence
+    from training.sequences.steps import is_sequence
 
     (sequence if is_sequence(spec) else checking).show_check(spec, context.obj)
 
@@ -109,7 +109,7 @@ def resume(context: click.Context, run: str, address: str | None, workers: int |
     """Go on with an interrupted RUN, or sequence, from its last whole checkpoint, on other workers if asked."""
     from cluster import pipeline
     from cluster.sequence import resume_sequence
-    from training.sequence_folder import is_sequence_id
+    from training.sequences.folder import is_sequence_id
 
     if is_sequence_id(context.obj, run):
         if not resume_sequence(run, context.obj, address, rescaled=bool(workers) or zero_stage is not None):
@@ -127,7 +127,7 @@ def resume(context: click.Context, run: str, address: str | None, workers: int |
 def _finish(run: RunFolder, workspace: Workspace) -> None:
     from cluster import pipeline
     from cluster.screen import make_screen
-    from training.report import print_scorecard
+    from training.reporting.report import print_scorecard
 
     console = make_screen()
     try:
@@ -158,9 +158,9 @@ def runs(context: click.Context) -> None:
 def report(context: click.Context, run: str, as_json: bool) -> None:
     """Show what RUN, or a sequence, gained and what it forgot, and where its HTML report is."""
     from cluster.screen import make_screen
-    from training.report import print_scorecard, write_report
-    from training.scorecard import read_scorecard
-    from training.sequence_folder import is_sequence_id
+    from training.evaluation.scorecard import read_scorecard
+    from training.reporting.report import print_scorecard, write_report
+    from training.sequences.folder import is_sequence_id
 
     if is_sequence_id(context.obj, run):
         from cluster.sequence import report_sequence
@@ -184,9 +184,9 @@ def report(context: click.Context, run: str, as_json: bool) -> None:
 def compare(context: click.Context, runs: tuple[str, ...], as_json: bool) -> None:
     """Set RUNS side by side, suite by suite; each against the first, item by item."""
     from cluster.screen import make_screen
-    from training.comparison import compare_runs
-    from training.report import print_comparison, print_pair
-    from training.scorecard import read_scorecard
+    from training.evaluation.comparison import compare_runs
+    from training.evaluation.scorecard import read_scorecard
+    from training.reporting.report import print_comparison, print_pair
 
     cards = [read_scorecard(context.obj.run(run).scorecard) for run in runs]
     comparison = compare_runs(cards)
@@ -233,7 +233,7 @@ def interpolate(context: click.Context, run: str, alphas: tuple[float, ...], add
     """Score the weights between RUN's base and its tuned model, for an alpha that forgets less (WiSE-FT)."""
     from cluster.interpolation import interpolate_run
     from cluster.screen import make_screen
-    from training.report import print_wise
+    from training.reporting.report import print_wise
 
     console, folder = make_screen(), context.obj.run(run)
     print_wise(console, interpolate_run(folder, context.obj, alphas, address, console))
@@ -282,7 +282,7 @@ def fetch(context: click.Context) -> None:
 @cli.command()
 def templates() -> None:
     """Print the library of prompt templates, for `templates: {library: ...}` in a source of rows."""
-    from training.instructions import page
+    from training.data.instructions import page
 
     click.echo(page(), nl=False)
 
@@ -292,9 +292,9 @@ def templates() -> None:
 @click.option("--sequence", "of_sequence", is_flag=True, help="Of a sequence of tasks.")
 def schema(of: str, of_sequence: bool) -> None:
     """Print the JSON Schema of a spec, for editors; or of a scorecard, or of what compare --json prints."""
-    from training.comparison import Comparison
-    from training.scorecard import Scorecard
-    from training.sequence import SequenceSpec
+    from training.evaluation.comparison import Comparison
+    from training.evaluation.scorecard import Scorecard
+    from training.sequences.spec import SequenceSpec
     from training.spec import RunSpec
 
     models: dict[str, type[BaseModel]] = {"spec": RunSpec, "scorecard": Scorecard, "comparison": Comparison}

@@ -12,7 +12,7 @@ from cluster.passes import ready_importances
 from cluster.screen import facts
 from training.errors import fail
 from training.faults import output_to
-from training.importance import TENSORS_FILE, check_importances, read_info
+from training.protection.importance import TENSORS_FILE, check_importances, read_info
 from training.strategy import Ewc, Si
 from training.workspace import Workspace
 

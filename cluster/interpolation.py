@@ -8,16 +8,16 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster import pipeline
+from training.data.locations import is_there
 from training.errors import fail
+from training.evaluation.scorecard import read_scorecard
 from training.faults import output_to
 from training.interpolate import check_alpha, check_interpolable, interpolate
-from training.locations import is_there
 from training.models import hash_folder
-from training.report import write_report
-from training.scorecard import read_scorecard
+from training.reporting.report import write_report
+from training.reporting.wise import WiseCurve, joined, make_curve, read_curve
 from training.spec import RunSpec
 from training.strategy import Wise
-from training.wise import WiseCurve, joined, make_curve, read_curve
 from training.workspace import LINEAGE_FILE, RunFolder, Workspace, read_json, write_json
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from training.data.prepare import load_prepared, prepare
 from training.errors import raise_all
-from training.importance import TENSORS_FILE, VERSION, read_info, unbearable
 from training.models import hash_file, hash_folder, read_model_info
 from training.plan import Plan, make_plan
-from training.prepare import load_prepared, prepare
+from training.protection.importance import TENSORS_FILE, VERSION, read_info, unbearable
 from training.section import Source
 from training.spec import Data, Export, RunSpec, TrainSource
 from training.strategy import Ewc, Full, Lm, Sft, Si
@@ -116,8 +116,8 @@ def _key(protection: Ewc | Si, looked_at: RunSpec, prepared: Path) -> str:
 
 
 def _fisher(protection: Ewc, looked_at: RunSpec, plan: Plan, prepared: Path, target: Path, logs: Path) -> None:
-    from training.fisher import FisherJob, fisher_worker
     from training.fit import run_workers
+    from training.protection.fisher import FisherJob, fisher_worker
 
     job = FisherJob(
         base=looked_at.model,
@@ -137,8 +137,8 @@ def _fisher(protection: Ewc, looked_at: RunSpec, plan: Plan, prepared: Path, tar
 
 
 def _consolidate(looked_at: RunSpec, plan: Plan, prepared: Path, target: Path, logs: Path) -> None:
-    from training.consolidate import consolidate_worker
     from training.fit import run_workers
+    from training.protection.consolidate import consolidate_worker
     from training.worker import make_job
     from training.workspace import RunFolder
 

@@ -17,19 +17,19 @@ from cluster.aids import describe_aids, ready_aids, ready_data
 from cluster.screen import progress
 from cluster.session import ray_session
 from cluster.tasks import run_tasks
+from training.data.prepare import load_prepared, prepare
 from training.errors import Problem, TenureError, fail, raise_all
-from training.importance import check_importances
+from training.evaluation.presets import add_presets
+from training.evaluation.scorecard import Scorecard, read_scorecard
 from training.lineage import find_base, inherit_suites
 from training.models import hash_folder, read_model_info
+from training.objective.teacher import check_teacher
 from training.plan import GIB, Plan, describe_replay, describe_tasks, make_plan
-from training.prepare import load_prepared, prepare
-from training.presets import add_presets
-from training.scorecard import Scorecard, read_scorecard
+from training.protection.importance import check_importances
 from training.spec import Export, RunSpec, Scaling
 from training.specfile import load_spec
 from training.strategy import Replay, is_adapter
 from training.suite_spec import Harness
-from training.teacher import check_teacher
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
 _SPARE_DISK_BYTES = 256 * 2**20
@@ -55,7 +55,7 @@ def plan_run(spec: RunSpec, workspace: Workspace) -> tuple[Plan, Path]:
 
 def check_tasks(spec: RunSpec) -> None:
     """Load the tasks of lm-evaluation-harness that are suites, with their data; refuse all that cannot be, at once."""
-    from training.harness_tasks import load_task
+    from training.evaluation.harness_tasks import load_task
 
     problems: list[Problem] = []
     for suite in spec.suites.every:
@@ -175,7 +175,7 @@ def execute(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard
 def _stages(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard:
     """Train unless the artifact stands, score, judge, report and register."""
     from serving.registry import register
-    from training.report import write_report
+    from training.reporting.report import write_report
     from training.tracking import finish_tracking, log_metrics, tracking_id_of
 
     spec, plan = spec_of(run), Plan(**read_json(run.plan))
@@ -228,8 +228,8 @@ def score_artifacts(
 
     Every model is scored in a process of its own, whose log is named after it.
     """
-    from training import scoring
-    from training.judge import build_scorecard
+    from training.evaluation import scoring
+    from training.evaluation.judge import build_scorecard
 
     base = Path(spec.model)
     protocol, key = _protocol(spec)
@@ -251,7 +251,7 @@ def score_artifacts(
 
 def _protocol(spec: RunSpec) -> tuple[dict[str, str | int | float | bool | None], str]:
     """What decides a score beside the model, and its hash."""
-    from training import scoring
+    from training.evaluation import scoring
 
     protocol = scoring.protocol_of(spec, scoring.scoring_precision(spec.scaling.gpus_per_worker))
     return protocol, scoring.protocol_hash(protocol, Path(spec.model))
@@ -261,7 +261,7 @@ def _score_models(
     run: RunFolder, spec: RunSpec, workspace: Workspace, key: str, models: dict[str, Path]
 ) -> tuple[dict[str, Path], float]:
     """Where the models' scores lie by name, and the seconds it took to score those that were not in the cache."""
-    from training import scoring
+    from training.evaluation import scoring
 
     base = Path(spec.model)
     of_base = f"{key}/{hash_folder(base)}"  # an adapter's own hash does not say which base it is on
@@ -288,8 +288,8 @@ def _score_models(
 
 def check_power(run: RunFolder, spec: RunSpec, workspace: Workspace) -> list[str]:
     """Score the base, unless that is cached, and tell which suites cannot show what the contract asks of them."""
-    from training import scoring
-    from training.power import powers, warnings
+    from training.evaluation import scoring
+    from training.evaluation.power import powers, warnings
 
     targets, _ = _score_models(run, spec, workspace, _protocol(spec)[1], {"base": Path(spec.model)})
     return list(warnings(powers(spec, scoring.read_scores(targets["base"])[0])))
@@ -297,8 +297,8 @@ def check_power(run: RunFolder, spec: RunSpec, workspace: Workspace) -> list[str
 
 def known_power(spec: RunSpec, workspace: Workspace) -> list[str] | None:
     """What check_power tells, from the cache alone; None where the base was not scored yet."""
-    from training import scoring
-    from training.power import powers, warnings
+    from training.evaluation import scoring
+    from training.evaluation.power import powers, warnings
 
     cached = scoring.cached_scores(workspace, Path(spec.model), _protocol(spec)[1])
     return list(warnings(powers(spec, scoring.read_scores(cached)[0]))) if cached.is_file() else None

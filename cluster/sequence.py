@@ -15,16 +15,16 @@ from cluster.checking import plan_table, tell_lineage
 from cluster.passes import importance_of_run
 from cluster.screen import facts, make_screen
 from training.errors import Problem, TenureError, fail
+from training.evaluation.scorecard import Scorecard
 from training.faults import output_to
-from training.importance import IMPORTANCE_FOLDER
 from training.lineage import find_base, inherit_suites
 from training.plan import GIB, Plan
-from training.scorecard import Scorecard
-from training.sequence import SequenceSpec
-from training.sequence_folder import SequenceFolder, find_sequence, new_sequence
-from training.sequence_report import print_sequence, write_sequence_report
-from training.sequence_result import SequenceResult, make_result, read_result, write_result
-from training.sequence_steps import Before, load_sequence, next_model, step_spec
+from training.protection.importance import IMPORTANCE_FOLDER
+from training.sequences.folder import SequenceFolder, find_sequence, new_sequence
+from training.sequences.report import print_sequence, write_sequence_report
+from training.sequences.result import SequenceResult, make_result, read_result, write_result
+from training.sequences.spec import SequenceSpec
+from training.sequences.steps import Before, load_sequence, next_model, step_spec
 from training.spec import RunSpec
 from training.strategy import Ewc, Replay, Si
 from training.workspace import RunFolder, Workspace, write_json

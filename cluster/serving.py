@@ -19,8 +19,8 @@ from serving.client import ask
 from serving.endpoint import Endpoint, check_port, deploy
 from serving.registry import registered_artifact
 from training.errors import fail
+from training.evaluation.scorecard import Scorecard, read_scorecard
 from training.faults import output_to
-from training.scorecard import Scorecard, read_scorecard
 from training.strategy import AnyTuning, is_adapter, is_served_as_adapter, unmergeable
 from training.workspace import MERGED_FOLDER, RunFolder, read_json
 

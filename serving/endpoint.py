@@ -19,7 +19,7 @@ from serving.app import OFFLINE_ENV, ServedModels, build_application, check_serv
 from serving.client import connect, exception_in, told_plainly
 from serving.parity import Parity, Tolerance, check_parity
 from training.errors import fail
-from training.scorecard import Probe
+from training.evaluation.scorecard import Probe
 
 Probes = Mapping[Literal["base", "tuned"], Sequence[Probe]]
 

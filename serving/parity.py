@@ -9,7 +9,7 @@ from openai import OpenAI
 
 from serving.client import told_plainly
 from training.errors import TenureError, fail
-from training.scorecard import Probe
+from training.evaluation.scorecard import Probe
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.errors import fail
+from training.evaluation.scorecard import Scorecard
 from training.mlflow_store import client
 from training.models import hash_folder
-from training.scorecard import Scorecard
 from training.spec import RunSpec
 from training.tracking import tracking_id_of
 from training.workspace import MERGED_FOLDER, RunFolder, Workspace

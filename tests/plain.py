@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from jobs import JobValues, plan_of, spec_of
 
-from training.batches import Schedule
-from training.encoding import Encoded
-from training.prepare import Prepared, load_prepared
+from training.data.batches import Schedule
+from training.data.encoding import Encoded
+from training.data.prepare import Prepared, load_prepared
 from training.tuning import apply_tuning, load_base
 from training.worker import seed_everything
 

@@ -6,7 +6,7 @@ import socket
 
 import torch
 
-from training.scorecard import Probe
+from training.evaluation.scorecard import Probe
 
 PROMPTS = tuple(tuple(range(start, start + 40)) for start in (5, 60, 150))
 

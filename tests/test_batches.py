@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from training.batches import IGNORE, Schedule, collate, micro_batches, share
-from training.encoding import Encoded
+from training.data.batches import IGNORE, Schedule, collate, micro_batches, share
+from training.data.encoding import Encoded
 
 
 def epochs(schedule: Schedule) -> list[list[int]]:

@@ -11,9 +11,9 @@ import pytest
 from chat_families import FAMILIES, LATER, MARKED, SAID, THINK, Family, tokenizer_of
 from transformers import PreTrainedTokenizerFast
 
-from training.encoding import encode, encode_all, load_tokenizer, preview
+from training.data.encoding import encode, encode_all, load_tokenizer, preview
+from training.data.rows import Conversation, Learn
 from training.errors import TenureError
-from training.rows import Conversation, Learn
 
 ASK = {"role": "user", "content": "What is 3+4?"}
 AGAIN = {"role": "user", "content": "and 1?"}

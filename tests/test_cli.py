@@ -16,9 +16,9 @@ from tiny_spec import write_tiny_spec
 from cluster.checking import preview_text
 from cluster.cli import cli
 from cluster.session import check_address
-from training.encoding import encode, load_tokenizer
+from training.data.encoding import encode, load_tokenizer
+from training.data.rows import Conversation
 from training.errors import TenureError
-from training.rows import Conversation
 from training.yamlfile import read_yaml
 
 HEAVY = ("torch", "ray", "mlflow", "transformers", "deepspeed", "peft", "vllm", "openai", "matplotlib", "datasets")

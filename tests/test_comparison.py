@@ -8,10 +8,10 @@ import pytest
 from jsonschema import validate
 from rich.console import Console
 
-from training.comparison import Comparison, compare_runs
 from training.errors import TenureError
-from training.report import print_pair
-from training.scorecard import Item, Scorecard, SuiteScore, Verdict
+from training.evaluation.comparison import Comparison, compare_runs
+from training.evaluation.scorecard import Item, Scorecard, SuiteScore, Verdict
+from training.reporting.report import print_pair
 
 
 def suite(scores: list[float], name: str = "skill", higher: bool = True) -> SuiteScore:

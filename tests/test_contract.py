@@ -9,11 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from training.contract import judge
-from training.judge import corrected, score_suite
-from training.overall import promises, summarise_forgetting
-from training.scorecard import Scorecard, SuiteScore
-from training.scoring import Answered
+from training.evaluation.contract import judge
+from training.evaluation.judge import corrected, score_suite
+from training.evaluation.overall import promises, summarise_forgetting
+from training.evaluation.scorecard import Scorecard, SuiteScore
+from training.evaluation.scoring import Answered
 from training.spec import Contract, CrossEntropy, ExactMatch
 from training.suite_spec import Agreement, AnySuite, Classification, Length, Regex
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from training.divergence import Outcomes, bucket_log_probs, divergence, forward_kl, jensen_shannon, reverse_kl
+from training.objective.divergence import Outcomes, bucket_log_probs, divergence, forward_kl, jensen_shannon, reverse_kl
 
 # Two distributions over three outcomes, and what the definitions give for them, by hand.
 P = torch.tensor([[0.5, 0.25, 0.25]])

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from cluster.cli import cli
-from training.sequence import CarriedEwc, CarriedReplay, CarriedSi, SequenceSpec, Task
+from training.sequences.spec import CarriedEwc, CarriedReplay, CarriedSi, SequenceSpec, Task
 from training.spec import RunSpec
 
 ROOT = Path(__file__).parents[1]

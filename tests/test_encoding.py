@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-import training.chat
-from training.chat import render_prompt
-from training.encoding import (
+import training.data.chat
+from training.data.chat import render_prompt
+from training.data.encoding import (
     Encoded,
     Untaught,
     encode,
@@ -27,8 +27,8 @@ from training.encoding import (
     preview,
     wants_chat,
 )
+from training.data.rows import Conversation, Passage, Preference
 from training.errors import TenureError
-from training.rows import Conversation, Passage, Preference
 from training.section import Learn
 
 LEARNS: tuple[Learn, ...] = get_args(Learn)

@@ -7,8 +7,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from training.sequence import SequenceSpec
-from training.sequence_steps import is_sequence, load_sequence
+from training.sequences.spec import SequenceSpec
+from training.sequences.steps import is_sequence, load_sequence
 from training.spec import RunSpec
 from training.specfile import load_spec
 from training.yamlfile import read_yaml

@@ -10,7 +10,7 @@ from commands import Command
 from jobs import STEPS, rows_of, write_spec
 from tiny import make_tiny_model
 
-from training.scorecard import read_scorecard
+from training.evaluation.scorecard import read_scorecard
 from training.workspace import Workspace
 
 

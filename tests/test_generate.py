@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from cluster import aids
 from cluster.pipeline import plan_run, read_spec
-from training import generate
-from training.encoding import load_tokenizer
+from training.data.encoding import load_tokenizer
+from training.data.prepare import load_prepared
 from training.errors import TenureError
-from training.generate import GenerateJob, Writer, longest_row, read_written, replay_job, write_replay
-from training.prepare import load_prepared
+from training.objective import generate
+from training.objective.generate import GenerateJob, Writer, longest_row, read_written, replay_job, write_replay
 from training.spec import RunSpec
 from training.strategy import Generate
 from training.workspace import Workspace

@@ -13,10 +13,10 @@ import pytest
 import yaml
 from tiny_spec import write_rows, write_tiny_spec
 
+from training.data.items import Answered
 from training.errors import TenureError
-from training.harness_tasks import hash_task, load_task
-from training.items import Answered
-from training.scoring import ScoreJob, _alone, read_scores, score_model
+from training.evaluation.harness_tasks import hash_task, load_task
+from training.evaluation.scoring import ScoreJob, _alone, read_scores, score_model
 from training.specfile import load_spec
 from training.suite_spec import Harness
 

@@ -19,8 +19,8 @@ from cluster.importance import print_importance
 from cluster.passes import ready_importances
 from cluster.pipeline import plan_run, read_spec
 from training.errors import TenureError
-from training.importance import INFO_FILE, TENSORS_FILE, open_importance, read_info, write_importance
 from training.models import hash_folder
+from training.protection.importance import INFO_FILE, TENSORS_FILE, open_importance, read_info, write_importance
 from training.tuning import load_base
 from training.workspace import Workspace
 

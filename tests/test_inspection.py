@@ -14,7 +14,8 @@ from one_command import run_tenure
 from tiny import CHAT_TEMPLATE, END
 from tiny_spec import write_rows, write_tiny_spec
 
-from training.encoding import load_tokenizer
+from training.data.encoding import load_tokenizer
+from training.data.rows import Conversation
 from training.errors import TenureError
 from training.inspection.duplicates import SIMILARITY, DuplicateSearch
 from training.inspection.figures import DataReport, Finding
@@ -25,7 +26,6 @@ from training.inspection.page import render_page
 from training.inspection.private import find_private, is_iban, mask_private, passes_luhn
 from training.inspection.samples import Sample, sample_of
 from training.inspection.survey import survey
-from training.rows import Conversation
 from training.specfile import load_spec
 from training.workspace import Workspace
 

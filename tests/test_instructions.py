@@ -11,10 +11,10 @@ from click.testing import CliRunner
 from tiny_spec import write_rows, write_tiny_spec
 
 from cluster.cli import cli
-from training import templating
+from training.data import templating
+from training.data.instructions import LIBRARY, Kind, page
+from training.data.rows import Conversation, examples
 from training.errors import TenureError
-from training.instructions import LIBRARY, Kind, page
-from training.rows import Conversation, examples
 from training.section import Source
 from training.specfile import load_spec
 
@@ -89,7 +89,7 @@ def test_a_template_that_loops_endlessly_is_broken_off(tmp_path: Path, monkeypat
 
 def test_the_page_is_what_the_command_prints() -> None:
     text = (Path(__file__).parents[1] / "docs" / "templates.md").read_text(encoding="utf-8")
-    assert text == page(), "run: python -m training.instructions > docs/templates.md"
+    assert text == page(), "run: python -m training.data.instructions > docs/templates.md"
     assert CliRunner().invoke(cli, ["templates"]).output == text
     assert set(get_args(Kind)) == set(LIBRARY)
 

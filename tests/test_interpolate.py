@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_adapter, make_tiny_model
 from transformers import AutoModelForCausalLM
 
-from training.encoding import load_tokenizer
+from training.data.encoding import load_tokenizer
 from training.errors import TenureError
+from training.evaluation.scorecard import SuiteScore, Verdict, read_scorecard
 from training.export import save_merged
 from training.interpolate import interpolate
 from training.models import hash_folder
-from training.scorecard import SuiteScore, Verdict, read_scorecard
-from training.wise import WiseCurve, WisePoint, find_best, find_knee, joined, read_curve
+from training.reporting.wise import WiseCurve, WisePoint, find_best, find_knee, joined, read_curve
 from training.workspace import MERGED_FOLDER, read_json
 
 Tensors = dict[str, torch.Tensor]

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import pytest
 
-from training.contract import judge
-from training.judge import package_versions, score_suite
-from training.scorecard import SuiteScore
-from training.scoring import Answered
+from training.evaluation.contract import judge
+from training.evaluation.judge import package_versions, score_suite
+from training.evaluation.scorecard import SuiteScore
+from training.evaluation.scoring import Answered
 from training.spec import Contract, CrossEntropy, ExactMatch
 from training.suite_spec import AnySuite
 

@@ -15,9 +15,9 @@ from tiny_spec import sums, write_rows, write_tiny_spec
 from cluster.pipeline import hash_spec, plan_run, read_spec, start_run
 from serving.registry import register
 from training.errors import TenureError
+from training.evaluation.scorecard import Scorecard, Verdict
 from training.lineage import describe_lineage, find_ancestor, find_base, inherit_suites, run_of_model
 from training.models import hash_folder
-from training.scorecard import Scorecard, Verdict
 from training.spec import RunSpec
 from training.workspace import LINEAGE_FILE, MERGED_FOLDER, RunFolder, Workspace, read_json, write_json
 

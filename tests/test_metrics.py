@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from training.metrics import ANSWER_METRICS, Worth, same_answer, squad_words
+from training.evaluation.metrics import ANSWER_METRICS, Worth, same_answer, squad_words
 from training.suite_spec import Suite, Suites
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(Suite)

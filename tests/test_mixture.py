@@ -21,13 +21,13 @@ from one_command import run_tenure
 from tiny_spec import write_rows, write_tiny_spec
 from torch.nn import functional
 
-from training.batches import micro_batches, share
-from training.encoding import Encoded
+from training.data.batches import micro_batches, share
+from training.data.encoding import Encoded
+from training.data.mixture import Task, at_least, spread, tasks_of
+from training.data.schedule import Schedule, permuted
+from training.data.seen import read_seen
 from training.errors import TenureError
-from training.mixture import Task, at_least, spread, tasks_of
-from training.report_metrics import read_metrics, task_totals
-from training.schedule import Schedule, permuted
-from training.seen import read_seen
+from training.reporting.curves import read_metrics, task_totals
 from training.spec import Data
 from training.specfile import load_spec
 from training.tuning import load_base

@@ -29,14 +29,14 @@ from jobs import (
 from plain import BatchLoss, Plain, farthest, target_logits, train_plainly
 from tiny import make_tiny_model
 
-from training.batches import Schedule
-from training.encoding import Encoded
-from training.objectives import DpoObjective, TokenObjective, Totals, switched_off
-from training.prepare import Prepared, load_prepared
+from training.data.batches import Schedule
+from training.data.encoding import Encoded
+from training.data.prepare import Prepared, load_prepared
+from training.objective.objectives import DpoObjective, TokenObjective, Totals, switched_off
+from training.objective.targets import Targets
+from training.objective.weighing import Weighed
 from training.spec import RunSpec
-from training.targets import Targets
 from training.tuning import load_base
-from training.weighing import Weighed
 from training.worker import Job, Trainer
 
 Model = torch.nn.Module

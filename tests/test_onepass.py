@@ -11,9 +11,9 @@ from jobs import STEPS, spec_of, start_job, train_here, weights
 
 from training import engine
 from training.engine import build_optimizer
-from training.layout import Layout
-from training.onepass import OnePassAdamW
-from training.protections import PathIntegral, QuadraticPull
+from training.protection.layout import Layout
+from training.protection.onepass import OnePassAdamW
+from training.protection.protections import PathIntegral, QuadraticPull
 from training.spec import RunSpec
 
 ONE_PULL = [{"type": "l2sp", "strength": 1.0}]

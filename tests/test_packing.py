@@ -13,17 +13,17 @@ from jobs import losses, plan_of, rows_of, run_of, start_job, train_here, weight
 from tiny_spec import write_rows, write_tiny_spec
 from transformers import MambaConfig, MambaForCausalLM
 
-from training.apart import expect_apart
-from training.batches import IGNORE, collate
-from training.encoding import Encoded
+from training.data.apart import expect_apart
+from training.data.batches import IGNORE, collate
+from training.data.encoding import Encoded
+from training.data.packing import efficiency, lay_out, most_rows, pack, packed_batches, row_tokens
+from training.data.prepare import Prepared
 from training.errors import TenureError
-from training.objectives import Loss, Objective, TokenObjective
-from training.packing import efficiency, lay_out, most_rows, pack, packed_batches, row_tokens
-from training.prepare import Prepared
+from training.objective.objectives import Loss, Objective, TokenObjective
+from training.objective.targets import TargetLogits
+from training.objective.weighing import Weighed
 from training.specfile import load_spec
-from training.targets import TargetLogits
 from training.tuning import load_base
-from training.weighing import Weighed
 
 CAPACITY = 32
 

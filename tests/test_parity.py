@@ -15,7 +15,7 @@ import pytest
 from serving.client import connect
 from serving.parity import Tolerance, check_parity, read_log_probs
 from training.errors import TenureError
-from training.scorecard import Probe
+from training.evaluation.scorecard import Probe
 
 TOLERANCE = Tolerance(largest=0.01, mean=0.001)
 EXPECTED = Probe(token_ids=(7, 8, 9, 10), log_probs=(-1.0, -2.0, -3.0))

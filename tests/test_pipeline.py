@@ -9,8 +9,8 @@ from commands import Command
 from conftest import WholeRun
 from mlflow.tracking import MlflowClient
 
+from training.evaluation.scorecard import Scorecard, read_scorecard
 from training.mlflow_store import client
-from training.scorecard import Scorecard, read_scorecard
 from training.tracking import tracking_id_of
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tiny_spec import write_tiny_spec
 
-from training.power import Power, powers, warnings
-from training.scoring import Answered
+from training.evaluation.power import Power, powers, warnings
+from training.evaluation.scoring import Answered
 from training.spec import RunSpec
 from training.specfile import load_spec
 

@@ -9,13 +9,13 @@ import pytest
 from tiny_spec import sums, write_rows, write_tiny_spec
 from transformers import AutoTokenizer
 
-from training.encoding import encode_all
+from training.data.encoding import encode_all
+from training.data.prepare import load_prepared, prepare
+from training.data.rows import read_conversations
+from training.data.store import META
 from training.errors import TenureError
-from training.prepare import load_prepared, prepare
-from training.rows import read_conversations
 from training.spec import RunSpec
 from training.specfile import load_spec
-from training.store import META
 from training.workspace import Workspace, read_json, write_json
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from tiny_spec import write_rows, write_tiny_spec
 
-from training import presets
+from training.data.items import read_items
+from training.evaluation import presets
+from training.evaluation.presets import add_presets, knowledge
 from training.fetch import LICENCES
-from training.items import read_items
-from training.presets import add_presets, knowledge
 from training.specfile import load_spec
 from training.suite_spec import Accuracy
 from training.workspace import Workspace

@@ -18,18 +18,18 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from cluster.pipeline import plan_run
-from training.batches import Schedule
 from training.checkpoint import _open_shards, latest_checkpoint
+from training.data.batches import Schedule
+from training.data.prepare import load_prepared
 from training.faults import output_to
-from training.fisher import FisherJob, _compute, pick_examples
-from training.importance import TENSORS_FILE, read_info, write_importance
-from training.layout import Layout
 from training.models import hash_folder
-from training.prepare import load_prepared
-from training.product import ProductPull
-from training.protections import PathIntegral, QuadraticPull
+from training.protection.fisher import FisherJob, _compute, pick_examples
+from training.protection.importance import TENSORS_FILE, read_info, write_importance
+from training.protection.layout import Layout
+from training.protection.product import ProductPull
+from training.protection.protections import PathIntegral, QuadraticPull
+from training.protection.squares import diagonal_fisher
 from training.spec import RunSpec
-from training.squares import diagonal_fisher
 from training.strategy import Ewc, L2sp, Lora, Si
 from training.tuning import apply_tuning, load_base
 from training.worker import Job, Trainer, seed_everything

@@ -23,12 +23,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training import row as row_module
+from training.data import row as row_module
+from training.data.locations import ENDINGS, DataFile, files_of, hash_data
+from training.data.readers import FORMATS, open_rows, read_rows
+from training.data.row import RowFault
 from training.errors import TenureError
-from training.locations import ENDINGS, DataFile, files_of, hash_data
 from training.models import hash_file
-from training.readers import FORMATS, open_rows, read_rows
-from training.row import RowFault
 
 ROWS = [{"q": f'Ünï {n}, "quoted"\nand broken', "a": str(n)} for n in range(150)]
 
@@ -184,7 +184,7 @@ def test_a_row_without_an_end_is_a_fault_of_that_row(
     if name == "rows.jsonl" and body.endswith(b"\n"):
         pytest.skip("lines that end are rows")
     for module in ("json_rows", "table_rows", "row"):
-        monkeypatch.setattr(f"training.{module}.MAX_ROW_BYTES", 2**20)
+        monkeypatch.setattr(f"training.data.{module}.MAX_ROW_BYTES", 2**20)
     rows = list(FORMATS[Path(name).suffix](DataFile(name, name, EndlessFiles(head, body))))
     (first, good), (second, fault) = rows
     assert (first, good, second) == (1, {"q": "1"}, 2)
@@ -197,7 +197,7 @@ def test_a_row_of_a_table_that_is_too_long_is_a_fault_of_that_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for module in ("table_rows", "row"):
-        monkeypatch.setattr(f"training.{module}.MAX_ROW_BYTES", 2**20)
+        monkeypatch.setattr(f"training.data.{module}.MAX_ROW_BYTES", 2**20)
     path = written(tmp_path, name, WRITERS[name]([{"q": "1"}] * 4 + [{"q": "x" * 2**20}] + [{"q": "1"}]))
     assert faults(path) == [(f"{path} row 5", "the row is longer than 1 MiB")]
 
@@ -306,7 +306,7 @@ def test_stores_of_fsspec_give_the_same_rows(tmp_path: Path, name: str) -> None:
 
 
 def test_a_store_without_its_package_and_an_unknown_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.locations.find_spec", lambda package: None)
+    monkeypatch.setattr("training.data.locations.find_spec", lambda package: None)
     needs = "s3:// needs the package s3fs, which is not installed"
     assert refusal("s3://bucket/rows.jsonl") == (needs, "run: pip install s3fs")
     assert refusal("gs://bucket/*.parquet")[1] == "run: pip install gcsfs"
@@ -317,7 +317,7 @@ def test_a_store_that_gives_no_answer_is_told(monkeypatch: pytest.MonkeyPatch) -
     def refuse(url: str) -> None:
         raise ZeroDivisionError("no credentials")
 
-    monkeypatch.setattr("training.locations._listed", refuse)
+    monkeypatch.setattr("training.data.locations._listed", refuse)
     assert refusal("memory://bucket/rows.jsonl")[0] == "the store gave no answer: ZeroDivisionError: no credentials"
 
 
@@ -328,7 +328,7 @@ from pathlib import Path
 from datasets.config import HF_DATASETS_CACHE
 from datasets.packaged_modules.parquet.parquet import Parquet
 from training.errors import TenureError
-from training.readers import read_rows
+from training.data.readers import read_rows
 
 for split in ({"train": "a.parquet", "test": "b.parquet"}, {"train": "a.parquet"}):
     name = "cached" if len(split) == 2 else "single"

@@ -28,14 +28,14 @@ from torch.nn import functional
 
 from cluster.aids import ready_data
 from cluster.pipeline import plan_run, read_spec
-from training.batches import Schedule, micro_batches, share
-from training.encoding import Encoded
+from training.data.batches import Schedule, micro_batches, share
+from training.data.encoding import Encoded
+from training.data.prepare import TOLD, Prepared, load_prepared, prepare
+from training.data.store import META, RowWriter, write_meta
 from training.errors import TenureError
 from training.plan import describe_replay
-from training.prepare import TOLD, Prepared, load_prepared, prepare
-from training.report_metrics import cost_rows, read_metrics
+from training.reporting.curves import cost_rows, read_metrics
 from training.specfile import load_spec
-from training.store import META, RowWriter, write_meta
 from training.tuning import apply_tuning, load_base
 from training.worker import seed_everything
 from training.workspace import Workspace, read_json

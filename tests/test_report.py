@@ -15,12 +15,12 @@ import pytest
 from rich.console import Console
 
 from training.errors import TenureError
-from training.report import print_comparison, print_scorecard, render_html, write_report
-from training.report_format import change_text, pick_examples, printable, threshold_text
-from training.report_html import MAX_ITEMS_PER_SUITE
-from training.report_metrics import cost_rows, read_metrics
-from training.report_plots import Line, draw_curves, points_per_mean
-from training.scorecard import Item, Scorecard, SuiteScore, Verdict
+from training.evaluation.scorecard import Item, Scorecard, SuiteScore, Verdict
+from training.reporting.curves import cost_rows, read_metrics
+from training.reporting.formatting import change_text, pick_examples, printable, threshold_text
+from training.reporting.html import MAX_ITEMS_PER_SUITE
+from training.reporting.plots import Line, draw_curves, points_per_mean
+from training.reporting.report import print_comparison, print_scorecard, render_html, write_report
 from training.workspace import RunFolder, write_json
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

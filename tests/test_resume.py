@@ -13,8 +13,8 @@ from conftest import WholeRun
 from jobs import LONG, STEPS, JobValues, artifact_weights, rows_of, run_of, start_job, train_here, write_spec
 
 from training.checkpoint import find_damage, latest_checkpoint
+from training.data.seen import read_seen
 from training.errors import TenureError
-from training.seen import read_seen
 from training.worker import Job, Trainer
 from training.workspace import RunFolder
 

@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_spec import write_rows
 
-from training.errors import TenureError
-from training.items import read_items
-from training.readers import read_rows
-from training.row import MAX_ROW_BYTES
-from training.rows import (
+from training.data.items import read_items
+from training.data.readers import read_rows
+from training.data.row import MAX_ROW_BYTES
+from training.data.rows import (
     MAX_PROBLEMS,
     Faults,
     examples,
@@ -24,6 +23,7 @@ from training.rows import (
     read_passages,
     read_preferences,
 )
+from training.errors import TenureError
 from training.section import Source
 from training.spec import Accuracy, CrossEntropy, ExactMatch
 

@@ -15,10 +15,10 @@ from tiny_spec import SENTENCES, write_rows, write_tiny_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import pipeline
-from training.items import Answered
-from training.judge import build_scorecard
-from training.scorecard import Probe
-from training.scoring import ScoreJob, cached_scores, protocol_hash, protocol_of, read_scores, score_model
+from training.data.items import Answered
+from training.evaluation.judge import build_scorecard
+from training.evaluation.scorecard import Probe
+from training.evaluation.scoring import ScoreJob, cached_scores, protocol_hash, protocol_of, read_scores, score_model
 from training.spec import RunSpec
 from training.specfile import load_spec
 from training.workspace import RunFolder, Workspace, write_json

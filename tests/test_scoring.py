@@ -14,9 +14,9 @@ from tiny_spec import SENTENCES, write_rows, write_tiny_spec
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from training.harness import HarnessModel
-from training.items import read_items
-from training.scoring import (
+from training.data.items import read_items
+from training.evaluation.harness import HarnessModel
+from training.evaluation.scoring import (
     Answered,
     ScoreJob,
     _score_suite,
@@ -26,9 +26,9 @@ from training.scoring import (
     read_scores,
     score_model,
 )
+from training.evaluation.suites import encode_item
 from training.spec import Accuracy, RunSpec
 from training.specfile import load_spec
-from training.suites import encode_item
 from training.workspace import Workspace
 
 NEW_TOKENS = 4

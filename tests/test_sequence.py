@@ -10,8 +10,8 @@ from one_command import run_tenure
 from tiny_sequence import EWC, REPLAY, TASKS, task, write_sequence
 
 from training.errors import TenureError
-from training.sequence_folder import SequenceFolder, find_sequence, is_sequence_id, new_sequence
-from training.sequence_steps import Before, load_sequence, next_model, step_spec
+from training.sequences.folder import SequenceFolder, find_sequence, is_sequence_id, new_sequence
+from training.sequences.steps import Before, load_sequence, next_model, step_spec
 from training.spec import RunSpec
 from training.specfile import load_spec
 from training.strategy import Ewc, Replay, Si

@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 from tiny_sequence import task, write_sequence
 
-from training.scorecard import Scorecard, SuiteScore, Verdict
-from training.sequence import SequenceSpec
-from training.sequence_plots import cell_text, shades
-from training.sequence_report import figure_rows, print_sequence, render_sequence, write_sequence_report
-from training.sequence_result import SequenceResult, make_result, read_result, write_result
-from training.sequence_steps import load_sequence
+from training.evaluation.scorecard import Scorecard, SuiteScore, Verdict
+from training.sequences.plots import cell_text, shades
+from training.sequences.report import figure_rows, print_sequence, render_sequence, write_sequence_report
+from training.sequences.result import SequenceResult, make_result, read_result, write_result
+from training.sequences.spec import SequenceSpec
+from training.sequences.steps import load_sequence
 
 NAMES = ("sums", "differences", "products")
 # Rows: the base, then after each task; columns: the tasks, then a retention suite in nats.

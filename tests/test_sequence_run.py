@@ -19,14 +19,14 @@ from tiny_sequence import EWC, REPLAY, TASKS, task, write_sequence
 
 from cluster.sequence import report_sequence, resume_sequence, train_sequence
 from training.errors import TenureError
-from training.importance import read_info
+from training.evaluation.scorecard import Scorecard, read_scorecard
+from training.evaluation.transfer import summarise
 from training.mlflow_store import client
 from training.models import hash_folder
-from training.scorecard import Scorecard, read_scorecard
-from training.sequence_folder import SequenceFolder
-from training.sequence_result import SequenceResult, read_result
+from training.protection.importance import read_info
+from training.sequences.folder import SequenceFolder
+from training.sequences.result import SequenceResult, read_result
 from training.tracking import tracking_id_of
-from training.transfer import summarise
 from training.worker import Trainer
 from training.workspace import RunFolder, Workspace, read_json
 

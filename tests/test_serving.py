@@ -20,7 +20,7 @@ from serving.client import ask, connect
 from serving.endpoint import TOLERANCES, Endpoint, Probes, check_port, deploy
 from serving.parity import check_parity
 from training.errors import TenureError
-from training.scorecard import Probe
+from training.evaluation.scorecard import Probe
 
 
 @dataclass(frozen=True)

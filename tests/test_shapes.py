@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_spec import sums, write_rows, write_tiny_spec
 
+from training.data.rows import Conversation, Example, Faults, Preference, examples
+from training.data.shapes import recognise
 from training.errors import TenureError
-from training.rows import Conversation, Example, Faults, Preference, examples
 from training.section import Source
-from training.shapes import recognise
 from training.specfile import load_spec
 
 TURNS = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]

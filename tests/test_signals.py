@@ -16,15 +16,15 @@ from tiny_spec import write_rows, write_tiny_spec
 
 from cluster.aids import ready_signals
 from cluster.pipeline import read_spec
-from training.encoding import Encoded
+from training.data.encoding import Encoded
+from training.data.prepare import Prepared, load_prepared, prepare
 from training.errors import TenureError
-from training.objectives import TokenObjective, Totals
-from training.prepare import Prepared, load_prepared, prepare
-from training.signals import Ask, SignalJob, Signals, compute_signals, signal_jobs
+from training.objective.objectives import TokenObjective, Totals
+from training.objective.signals import Ask, SignalJob, Signals, compute_signals, signal_jobs
+from training.objective.weighing import Weighed, describe, flow_weights, masked, stm_kept, weigh
 from training.spec import RunSpec
 from training.strategy import Flow, Stm
 from training.tuning import load_base
-from training.weighing import Weighed, describe, flow_weights, masked, stm_kept, weigh
 from training.workspace import Workspace
 
 ROWS = [{"question": "what is " + "1+" * n + "1", "answer": str(n + 1) * (1 + n % 3)} for n in range(14)]

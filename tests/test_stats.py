@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.stats import (
+from training.evaluation.stats import (
     bootstrap_interval,
     discordant,
     holm,

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.encoding import Encoded
-from training.errors import TenureError
-from training.store import (
+from training.data.encoding import Encoded
+from training.data.store import (
     META,
     STORE_VERSION,
     JoinedRows,
@@ -29,6 +28,7 @@ from training.store import (
     why_unusable,
     write_meta,
 )
+from training.errors import TenureError
 from training.workspace import read_json, write_json
 
 

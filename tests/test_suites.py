@@ -9,11 +9,11 @@ import pytest
 from tiny import END, START, make_tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from training.encoding import encode
-from training.items import SuiteItem
-from training.rows import Conversation
+from training.data.encoding import encode
+from training.data.items import SuiteItem
+from training.data.rows import Conversation
+from training.evaluation.suites import encode_item, render_item
 from training.spec import Accuracy, CrossEntropy, ExactMatch
-from training.suites import encode_item, render_item
 
 ITEM = SuiteItem("what is 3+4", "7", "f row 1", system="You add.", choices=("8", "7"), right=1)
 HEAD = f"{START}system\nYou add.{END}\n{START}user\nwhat is 3+4{END}\n{START}assistant\n"

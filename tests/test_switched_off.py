@@ -10,11 +10,11 @@ import torch
 from pydantic import TypeAdapter
 from test_tuning import TUNINGS
 
-from training.batches import collate
-from training.encoding import Encoded
-from training.objectives import switched_off
+from training.data.batches import collate
+from training.data.encoding import Encoded
+from training.objective.objectives import switched_off
+from training.objective.targets import TargetLogits
 from training.strategy import Tuning, is_adapter, moves_base
-from training.targets import TargetLogits
 from training.tuning import apply_tuning, load_base
 
 BATCH = collate([Encoded((5, 9, 17, 33, 45), (False,) + (True,) * 4), Encoded((5, 44, 8), (False, True, True))], 0)

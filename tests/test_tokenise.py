@@ -10,12 +10,12 @@ import pytest
 from tiny_spec import sums, write_rows
 from transformers import AutoTokenizer
 
-from training import tokenise
-from training.encoding import Encoded, encode_all
+from training.data import tokenise
+from training.data.encoding import Encoded, encode_all
+from training.data.rows import read_conversations
+from training.data.tokenise import encoded_chunks
 from training.errors import TenureError
-from training.rows import read_conversations
 from training.section import Source
-from training.tokenise import encoded_chunks
 
 
 @pytest.fixture

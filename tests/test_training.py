@@ -24,8 +24,8 @@ from jobs import (
 )
 from torch.nn import functional
 
-from training.batches import Schedule
-from training.prepare import load_prepared
+from training.data.batches import Schedule
+from training.data.prepare import load_prepared
 from training.tuning import apply_tuning, load_base
 from training.worker import seed_everything
 

@@ -8,9 +8,9 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 
-from training import transfer
 from training.errors import TenureError
-from training.transfer import Kept
+from training.evaluation import transfer
+from training.evaluation.transfer import Kept
 
 # Three tasks. Rows: after task 1, 2, 3. Columns: score on task 1, 2, 3.
 R = [

@@ -31,10 +31,10 @@ from transformers import AutoModelForCausalLM
 
 from cluster.pipeline import hash_spec
 from cluster.serving import served_form
-from training.encoding import Encoded
+from training.data.encoding import Encoded
 from training.errors import TenureError
+from training.evaluation.scoring import ScoreJob, read_scores, score_model
 from training.peft_methods import REFUSED_METHODS, UNMERGEABLE, method_names
-from training.scoring import ScoreJob, read_scores, score_model
 from training.spec import RunSpec
 from training.specfile import load_spec
 from training.strategy import (

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from training.readers import RowFault
-from training.turns import checked_tools, checked_turns
+from training.data.readers import RowFault
+from training.data.turns import checked_tools, checked_turns
 
 ASK = {"role": "user", "content": "3+4?"}
 ANSWER = {"role": "assistant", "content": "7"}

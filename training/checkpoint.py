@@ -25,8 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from training.errors import fail
-from training.layout import Fragment, Layout, Sheet, refresh_weights
 from training.models import hash_file
+from training.protection.layout import Fragment, Layout, Sheet, refresh_weights
 from training.workspace import read_json, write_json
 
 _MANIFEST = "manifest.json"

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 
-from training.onepass import OnePassAdamW
 from training.plan import Plan
+from training.protection.onepass import OnePassAdamW
 from training.spec import RunSpec, Training
 from training.strategy import Lora, acts_on_weights
 

@@ -140,7 +140,7 @@ def _scaled(name: str, tensor: torch.Tensor, alpha: float, tuned: Path) -> torch
 
 
 def _merge(base: Path, adapter: Path) -> None:
-    from training.encoding import load_tokenizer
+    from training.data.encoding import load_tokenizer
     from training.export import save_merged
 
     save_merged(base, adapter, adapter / MERGED_FOLDER, load_tokenizer(adapter))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.data.locations import Location, hash_data, is_there
 from training.errors import Problem, fail, raise_all
-from training.locations import Location, hash_data, is_there
 from training.mlflow_store import client
 from training.models import find_model, hash_folder
 from training.spec import RunSpec

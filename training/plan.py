@@ -10,13 +10,13 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
+from training.data.mixture import Task, tasks_of
+from training.data.packing import looked_at, most_rows, row_tokens
+from training.data.schedule import Schedule, schedule_of
+from training.data.store import Numbers
 from training.errors import Problem, TenureError
-from training.mixture import Task, tasks_of
 from training.models import ModelInfo
-from training.packing import looked_at, most_rows, row_tokens
-from training.schedule import Schedule, schedule_of
 from training.spec import RunSpec
-from training.store import Numbers
 from training.strategy import (
     AnyTuning,
     Distill,
@@ -196,7 +196,7 @@ def _packed_rows(spec: RunSpec, counts: DataCounts, replay_per_batch: int) -> in
     """
     if not row_tokens(spec):
         return 0
-    from training.batches import Schedule
+    from training.data.batches import Schedule
 
     assert counts.lengths is not None
     num_replay = _count_replay(spec, counts)

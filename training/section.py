@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
+from training.data.instructions import LIBRARY, Kind
+from training.data.locations import files_of, is_url, missing_store
 from training.errors import TenureError
-from training.instructions import LIBRARY, Kind
-from training.locations import files_of, is_url, missing_store
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
@@ -150,7 +150,7 @@ class Source(Section):
         return self
 
     def _recognised(self) -> Source:
-        from training.shapes import reason_of, recognised
+        from training.data.shapes import reason_of, recognised
 
         try:
             source: Source = recognised(self)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
-from training.locations import Location
+from training.data.locations import Location
 from training.peft_methods import (
     REFUSED_METHODS,
     UNMERGEABLE,

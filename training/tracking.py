@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.data.locations import hash_data
 from training.errors import fail
-from training.judge import package_versions
+from training.evaluation.judge import package_versions
+from training.evaluation.scorecard import Scorecard
 from training.lineage import run_of_model
-from training.locations import hash_data
 from training.mlflow_store import client
 from training.models import hash_folder
 from training.plan import Plan
 from training.quiet import be_quiet
-from training.report_metrics import PARTS, read_metrics, task_totals
-from training.scorecard import Scorecard
+from training.reporting.curves import PARTS, read_metrics, task_totals
 from training.spec import RunSpec
 from training.strategy import Distill, Replay
 from training.workspace import RunFolder, Workspace, read_json, write_json

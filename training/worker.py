@@ -17,28 +17,28 @@ import torch.distributed as dist
 
 from training import checkpoint, export, tuning
 from training import engine as engines
-from training.apart import expect_apart
-from training.attach import Attached, attach_all, path_importance
-from training.batches import collate, micro_batches, share
-from training.encoding import Encoded, load_tokenizer
+from training.data.apart import expect_apart
+from training.data.batches import collate, micro_batches, share
+from training.data.encoding import Encoded, load_tokenizer
+from training.data.mixture import tasks_of
+from training.data.packing import packed_batches
+from training.data.prepare import Prepared, load_prepared
+from training.data.schedule import Schedule, schedule_of
+from training.data.seen import ExampleLog
+from training.data.store import lengths_of, targets_of
+from training.data.task_figures import TaskFigures
 from training.errors import fail
 from training.faults import explained_at, output_to
-from training.importance import IMPORTANCE_FOLDER, PATH_INTEGRAL, write_importance
 from training.interpolate import interpolate
-from training.layout import Layout
-from training.mixture import tasks_of
 from training.models import hash_folder
-from training.objectives import Objective, make_objective
-from training.packing import packed_batches
+from training.objective.objectives import Objective, make_objective
+from training.objective.weighing import weigh
 from training.plan import Plan
-from training.prepare import Prepared, load_prepared
-from training.schedule import Schedule, schedule_of
-from training.seen import ExampleLog
+from training.protection.attach import Attached, attach_all, path_importance
+from training.protection.importance import IMPORTANCE_FOLDER, PATH_INTEGRAL, write_importance
+from training.protection.layout import Layout
 from training.spec import RunSpec
-from training.store import lengths_of, targets_of
 from training.strategy import Si, Wise, is_adapter
-from training.task_figures import TaskFigures
-from training.weighing import weigh
 from training.workspace import RunFolder
 
 

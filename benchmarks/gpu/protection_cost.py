@@ -31,9 +31,9 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training import engine as engines
-from training.layout import Layout
 from training.plan import Plan
-from training.protections import PathIntegral, QuadraticPull
+from training.protection.layout import Layout
+from training.protection.protections import PathIntegral, QuadraticPull
 from training.spec import RunSpec
 
 SHAPES = {

@@ -9,8 +9,8 @@ from markupsafe import Markup
 
 from training.inspection.figures import DataReport, Finding, Hit, Part, Share
 from training.inspection.languages import SAMPLED
-from training.report_html import Chart, environment
-from training.report_plots import COLOURS, draw_histogram
+from training.reporting.html import Chart, environment
+from training.reporting.plots import COLOURS, draw_histogram
 
 SIGNS = {"stop": "✗ refused", "look": "! look", "note": "· note"}
 _MAX_LEAKS = 200

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from training.chat import learned_turns
-from training.items import SuiteItem, read_items
-from training.rows import Conversation, Example, Passage, Preference, examples
+from training.data.chat import learned_turns
+from training.data.items import SuiteItem, read_items
+from training.data.rows import Conversation, Example, Passage, Preference, examples
 from training.section import Source
 from training.suite_spec import FileSuite
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from training.inspection.figures import DataReport, Finding, Part, PreviewRow
 from training.inspection.page import SIGNS, hit_text, of_level, short_place, totals_of, verdict_of
-from training.report_format import printable
+from training.reporting.formatting import printable
 
 _STYLES = {"stop": "bold yellow", "look": "bold cyan", "note": "dim"}
 _MAX_HITS = 3

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.encoding import Encoded, load_tokenizer, preview
+from training.data.encoding import Encoded, load_tokenizer, preview
+from training.data.items import read_items
+from training.data.rows import MAX_PROBLEMS, examples
 from training.errors import Problem, TenureError, raise_all
+from training.evaluation.suites import encode_item
 from training.inspection.duplicates import Duplicates, DuplicateSearch, Pair
 from training.inspection.figures import DataReport, Finding, Hit, Level, Part, PartRole, Piece, PreviewRow
 from training.inspection.labels import LabelCounts, is_unbalanced
@@ -19,13 +22,10 @@ from training.inspection.oddities import TEXTS, find_oddities
 from training.inspection.private import find_private, mask_private
 from training.inspection.samples import Sample, sample_of, sample_of_item
 from training.inspection.tokens import RowEncoder, TokenCounts
-from training.items import read_items
-from training.rows import MAX_PROBLEMS, examples
 from training.section import Source
 from training.spec import RunSpec
 from training.strategy import Replay
 from training.suite_spec import FileSuite
-from training.suites import encode_item
 from training.workspace import Workspace
 
 if TYPE_CHECKING:

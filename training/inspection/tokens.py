@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training.encoding import Encoded, encode, split_rows, wants_chat
+from training.data.encoding import Encoded, encode, split_rows, wants_chat
+from training.data.rows import Example, Passage, Preference
+from training.data.tokens import prompt_ids
 from training.inspection.figures import Lengths
-from training.rows import Example, Passage, Preference
 from training.section import Source
-from training.tokens import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,0 +1,156 @@
+"""Encodes the rows of a source chunk by chunk, in several processes where there are many: memory stays bounded."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from training.data.encoding import (
+    Encoded,
+    Untaught,
+    encode_all,
+    encode_passages,
+    encode_preferences,
+    load_tokenizer,
+    wants_chat,
+)
+from training.data.fitting import Tally
+from training.data.rows import MAX_PROBLEMS, Conversation, Example, Passage, Preference, examples
+from training.data.store import ROWS_AT_ONCE, batch_of
+from training.errors import Problem, TenureError, raise_all
+from training.section import Source
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+# A process takes seconds to start: the first chunks are encoded in this one, and most data have no more.
+CHUNKS_ALONE = 5
+_MOST_PROCESSES = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the rows of a source are encoded; plain values, so that any process can do it."""
+
+    model: str
+    form: str
+    chat: bool
+    max_length: int
+    overlong: str
+    untaught: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Encoded rows of a stretch of a source, and of preference data the rejected answers beside them.
+
+    `num_overlong` rows were dropped or truncated, or of text cut into pieces; `num_untaught` had no target and were
+    dropped.
+    """
+
+    rows: pa.RecordBatch
+    rejected: pa.RecordBatch
+    num_overlong: int
+    num_untaught: int
+    tally: Tally
+    problems: tuple[Problem, ...] = ()
+
+
+def encoded_chunks(
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    model: str,
+    max_length: int,
+    overlong: str,
+    untaught: str = "refuse",
+    seed: int = 0,
+) -> Iterator[Chunk]:
+    """The rows of a source in order, whatever its form.
+
+    Raises:
+        TenureError: after the last chunk, every row's fault at once.
+    """
+    chat = source.form != "text" and wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
+    recipe = Recipe(model, source.form, chat, max_length, overlong, untaught)
+    tally, problems = Tally(), dict[Problem, None]()
+    for chunk in _encoded(tokenizer, recipe, _stretches(examples(source, seed=seed))):
+        tally.add(chunk.tally)
+        problems |= dict.fromkeys(chunk.problems)
+        if len(problems) >= MAX_PROBLEMS:
+            break
+        yield chunk
+    raise_all(problems)
+    tally.refuse(max_length, overlong)
+
+
+def _stretches(rows: Iterator[Example]) -> Iterator[list[Example]]:
+    while stretch := list(islice(rows, ROWS_AT_ONCE)):
+        yield stretch
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretches: Iterator[list[Example]]) -> Iterator[Chunk]:
+    """Every stretch encoded, in order: the first ones here, the others in as many processes as there are processors."""
+    processes = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
+    alone = CHUNKS_ALONE if processes > 1 else None
+    for stretch in islice(stretches, alone):
+        yield encode_chunk(tokenizer, recipe, stretch)
+    following = next(stretches, None)
+    if following is not None:
+        yield from _in_processes(recipe, chain([following], stretches), processes)
+
+
+def _in_processes(recipe: Recipe, stretches: Iterator[list[Example]], processes: int) -> Iterator[Chunk]:
+    """As they are done, in order; no more stretches are read ahead than keep the processes busy."""
+    waiting: deque[Future[Chunk]] = deque()
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        try:
+            for stretch in stretches:
+                waiting.append(pool.submit(_encode_there, recipe, stretch))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _encode_there(recipe: Recipe, stretch: list[Example]) -> Chunk:
+    return encode_chunk(_tokenizer(recipe.model), recipe, stretch)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(Path(model))
+
+
+def encode_chunk(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretch: list[Example]) -> Chunk:
+    """The encoded rows of a stretch of one form. Faults are counted and returned, so that those of others are found."""
+    tally, untaught = Tally(), Untaught(drop=recipe.untaught == "drop")
+    try:
+        rows, rejected, num_overlong = _by_form(tokenizer, recipe, stretch, untaught, tally)
+    except TenureError as error:
+        return Chunk(batch_of([]), batch_of([]), 0, 0, tally, error.problems)
+    return Chunk(batch_of(rows), batch_of(rejected), num_overlong, untaught.count, tally)
+
+
+def _by_form(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretch: list[Example], untaught: Untaught, tally: Tally
+) -> tuple[list[Encoded], list[Encoded], int]:
+    """Rows, rejected answers, and how many were overlong."""
+    if recipe.form == "text":
+        pieces, num_cut = encode_passages(tokenizer, cast(list[Passage], stretch), recipe.max_length, tally)
+        return pieces, [], num_cut
+    settings = (recipe.chat, recipe.max_length, recipe.overlong, untaught, tally)
+    if recipe.form == "preference":
+        return encode_preferences(tokenizer, cast(list[Preference], stretch), *settings)
+    rows, num_longer = encode_all(tokenizer, cast(list[Conversation], stretch), *settings)
+    return rows, [], num_longer

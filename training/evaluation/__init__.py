@@ -1,0 +1,1 @@
+"""What was gained and forgotten: suites, scores, statistics and the contract."""

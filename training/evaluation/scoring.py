@@ -1,0 +1,296 @@
+"""Scores one model on every suite with lm-evaluation-harness, in a process of its own.
+
+Prompts are rendered here, by the code that training uses, and handed to the harness as plain text; so a suite's
+tokens are the tokens of training and serving. Scores of a model under a protocol are cached by content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from training.data.encoding import load_tokenizer
+from training.data.items import Answered, SuiteItem, read_items
+from training.data.locations import hash_data
+from training.data.tokens import text_ids
+from training.errors import fail
+from training.evaluation.metrics import ANSWER_METRICS, NATS
+from training.evaluation.scorecard import Probe
+from training.evaluation.suites import RenderedItem, context_ids, render_item
+from training.models import hash_file, hash_folder
+from training.spec import RunSpec
+from training.suite_spec import (
+    Accuracy,
+    Answering,
+    AnySuite,
+    Classification,
+    CrossEntropy,
+    FileSuite,
+    Harness,
+    Perplexity,
+    ValidJson,
+)
+from training.workspace import Workspace, read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from training.evaluation.harness import HarnessModel
+
+PROBE_PROMPTS = 4
+PROBE_TOKENS = 48
+_PROBE_SENTENCE = "The sun rises in the east, and it sets in the west."
+_SCORING_VERSION = 3
+_DIVERGED = "the training diverged: lower training.learning_rate, or set training.precision: fp32"
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """What a scoring process is sent: the base, an adapter or a whole tuned model, and where to put the answer."""
+
+    spec: dict[str, Any]
+    base: str
+    artifact: str | None
+    is_adapter: bool
+    target: str
+    log: str
+
+
+def protocol_of(spec: RunSpec, precision: str) -> dict[str, str | int | float | bool | None]:
+    """All that decides a score beside the model: suites, their data, rendering, decoding, harness."""
+    protocol: dict[str, str | int | float | bool | None] = {
+        "scoring": _SCORING_VERSION,
+        "harness": version("lm_eval"),
+        "transformers": version("transformers"),
+        "precision": precision,
+        "decoding": "greedy",
+        "few_shot": 0,
+    }
+    unscored = {"path", "min_gain", "max_loss", "json_schema", "inherited_from"}
+    for suite in spec.suites.every:
+        settings = suite.model_dump(mode="json", exclude=unscored)
+        protocol[f"suite.{suite.name}"] = json.dumps(settings, sort_keys=True)
+        protocol[f"data.{suite.name}"] = _hash_of_data(suite)
+        if isinstance(suite, ValidJson) and suite.json_schema is not None:
+            protocol[f"schema.{suite.name}"] = hash_file(Path(suite.json_schema))
+    return protocol
+
+
+def _hash_of_data(suite: AnySuite) -> str:
+    if isinstance(suite, Harness):
+        from training.evaluation.harness_tasks import hash_task
+
+        return hash_task(suite)
+    return hash_data(suite.path)
+
+
+def protocol_hash(protocol: dict[str, Any], base: Path) -> str:
+    """A hash of the protocol and of the base's tokenizer and chat template, which render every prompt."""
+    rendering = [base / name for name in ("tokenizer.json", "chat_template.jinja") if (base / name).is_file()]
+    parts = [protocol, [hash_file(file) for file in rendering]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def cached_scores(workspace: Workspace, model: Path, key: str) -> Path:
+    """Where the scores of a model under a protocol lie, or will lie."""
+    digest = hashlib.sha256(f"{hash_folder(model)}/{key}".encode()).hexdigest()[:32]
+    return workspace.cache / "scores" / f"{digest}.json"
+
+
+def score_model(job: ScoreJob) -> float:
+    """Load a model, score it, write its answers and probes to the job's target. The seconds it took."""
+    from training.faults import explained_at, output_to
+
+    with output_to(Path(job.log)), explained_at(Path(job.log)), _alone():
+        started = time.monotonic()
+        spec = RunSpec.model_validate(job.spec)
+        language_model = _load(job)
+        suites = {suite.name: _score_suite(suite, language_model) for suite in spec.suites.every}
+        probes = _probe(spec.suites.all, language_model)
+        seconds = time.monotonic() - started
+        answers = {name: [vars(answer) for answer in answers] for name, answers in suites.items()}
+        write_json(Path(job.target), {"suites": answers, "probes": probes, "seconds": seconds})
+    return seconds
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without the process group that a launcher around the command may have named: the harness would join it."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    named = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(named)
+
+
+def read_scores(path: Path) -> tuple[dict[str, list[Answered]], tuple[Probe, ...]]:
+    """Answers by suite and probes, as score_model wrote them."""
+    raw = read_json(path)
+    answers = {name: [Answered(**answer) for answer in answers] for name, answers in raw["suites"].items()}
+    return answers, tuple(Probe.model_validate(probe) for probe in raw["probes"])
+
+
+def scoring_precision(gpus: int) -> str:
+    """The precision that serving uses on the same hardware: scores are of what will be served."""
+    return "bfloat16" if gpus else "float32"
+
+
+def _load(job: ScoreJob) -> HarnessModel:
+    import torch
+
+    from training.evaluation.harness import HarnessModel
+
+    gpu = torch.cuda.is_available()
+    path = job.base if job.is_adapter or job.artifact is None else job.artifact
+    return HarnessModel(
+        pretrained=path,
+        tokenizer=load_tokenizer(Path(job.base)),
+        peft=job.artifact if job.is_adapter else None,
+        dtype=scoring_precision(int(gpu)),
+        device="cuda" if gpu else "cpu",
+        batch_size=64 if gpu else 16,
+        trust_remote_code=False,
+    )
+
+
+def _score_suite(suite: AnySuite, language_model: HarnessModel) -> list[Answered]:
+    """Every item's answer, in order, from the harness's own sample log.
+
+    The harness's `evaluate` is called below its `simple_evaluate`, which spends ten seconds describing the machine.
+    """
+    from lm_eval.evaluator import evaluate
+
+    if isinstance(suite, Harness):
+        from training.evaluation.harness_tasks import score_task
+
+        return score_task(suite, language_model)
+    items = read_items(suite)
+    language_model.suite = suite
+    task = _harness_task(suite, [render_item(suite, item, language_model.tokenizer) for item in items], language_model)
+    results = evaluate(language_model, {suite.name: task}, bootstrap_iters=0, log_samples=True)
+    assert results is not None
+    samples = sorted(results["samples"][suite.name], key=lambda sample: int(sample["doc_id"]))
+    return [_answered(suite, item, sample) for item, sample in zip(items, samples, strict=True)]
+
+
+def _harness_task(suite: FileSuite, rendered: list[RenderedItem], language_model: HarnessModel) -> Any:
+    """The suite as a task of the harness, over documents that hold whole prompts and what a score is divided by."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    def document(item: RenderedItem) -> dict[str, Any]:
+        per_token = isinstance(suite, Perplexity)
+        size = len(text_ids(language_model.tokenizer, item.target)) if per_token else len(item.target.encode())
+        return vars(item) | {"choices": list(item.choices), "size": size}
+
+    documents = datasets.Dataset.from_list([document(item) for item in rendered])
+    return ConfigurableTask(
+        config={
+            "task": suite.name,
+            "custom_dataset": lambda **_: datasets.DatasetDict({"test": documents}),
+            "test_split": "test",
+            "doc_to_text": "prompt",
+            "doc_to_target": "target",
+            "target_delimiter": "",
+            "num_fewshot": 0,
+            **_TASK_SETTINGS[type(suite)](suite),
+        }
+    )
+
+
+def _answering_settings(suite: Answering) -> dict[str, Any]:
+    def process(document: dict[str, Any], results: list[str]) -> dict[str, float]:
+        return {"score": ANSWER_METRICS[type(suite)](suite, results[0], document["target"]).score}
+
+    return {
+        "output_type": "generate_until",
+        "generation_kwargs": {"until": [], "max_gen_toks": suite.max_new_tokens, "do_sample": False},
+        "process_results": process,
+        "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def _accuracy_settings(_: Accuracy) -> dict[str, Any]:
+    return {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "right",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def _likelihood_settings(suite: CrossEntropy | Perplexity) -> dict[str, Any]:
+    def process(document: dict[str, Any], results: list[Any]) -> dict[str, float]:
+        log_likelihood = results[0] if suite.text is not None else results[0][0]
+        return {"score": -float(log_likelihood) / document["size"]}
+
+    return {
+        "output_type": "loglikelihood_rolling" if suite.text is not None else "loglikelihood",
+        "process_results": process,
+        "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": False}],
+    }
+
+
+_TASK_SETTINGS: dict[type, Callable[[Any], dict[str, Any]]] = {
+    **dict.fromkeys(get_args(Answering), _answering_settings),
+    Accuracy: _accuracy_settings,
+    CrossEntropy: _likelihood_settings,
+    Perplexity: _likelihood_settings,
+}
+
+
+def _answered(suite: FileSuite, item: SuiteItem, sample: dict[str, Any]) -> Answered:
+    if isinstance(suite, Accuracy):
+        return _chosen(suite, item, [float(response[0]) for response in sample["filtered_resps"]])
+    if isinstance(suite, CrossEntropy | Perplexity):
+        score, size = float(sample["score"]), float(sample["doc"]["size"])
+        return Answered(item.prompt, item.completion, f"{score:.4f} {NATS[suite.metric]}", score, size)
+    answer = str(sample["filtered_resps"][0])
+    worth = ANSWER_METRICS[type(suite)](suite, answer, item.completion)
+    chance = 1 / len(suite.labels) if isinstance(suite, Classification) else 0.0
+    return Answered(item.prompt, item.completion, answer, worth.score, 1.0, chance, worth.readable)
+
+
+def _chosen(suite: Accuracy, item: SuiteItem, likelihoods: list[float]) -> Answered:
+    """The likeliest choice, after division by its bytes where the suite normalises."""
+    if suite.normalise == "bytes":
+        likelihoods = [value / len(choice.encode()) for value, choice in zip(likelihoods, item.choices, strict=True)]
+    chosen = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+    score = float(chosen == item.right)
+    return Answered(item.prompt, item.completion, item.choices[chosen], score, 1.0, 1 / len(item.choices))
+
+
+def _probe(suites: tuple[FileSuite, ...], language_model: HarnessModel) -> list[dict[str, Any]]:
+    """Teacher-forced log-probabilities of a few prompts, which the endpoint must agree with before it is used."""
+    import torch
+
+    model, tokenizer = language_model.model, language_model.tokenizer
+    probes = []
+    for ids, where in _probe_ids(suites, tokenizer):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -len(ids) :].float()
+        given = logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:], device=logits.device)[:, None])
+        if not bool(given.isfinite().all()):
+            raise fail("the model's log-probabilities are not finite numbers", where, _DIVERGED)
+        probes.append({"token_ids": ids, "log_probs": given[:, 0].tolist()})
+    return probes
+
+
+def _probe_ids(suites: tuple[FileSuite, ...], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], str]]:
+    """The first item of a few suites; a sentence where all suites are tasks of the harness."""
+    for suite in suites[:PROBE_PROMPTS]:
+        item = read_items(suite.model_copy(update={"limit": 1}))[0]
+        rendered = render_item(suite, item, tokenizer)
+        ids = context_ids(suite, rendered.prompt, tokenizer) + text_ids(tokenizer, rendered.target)
+        yield ids[:PROBE_TOKENS], item.where
+    if not suites:
+        yield text_ids(tokenizer, _PROBE_SENTENCE)[:PROBE_TOKENS], "a sentence"

@@ -1,0 +1,1 @@
+"""What is learned: the losses, and the signals of frozen models they need."""

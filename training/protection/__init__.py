@@ -1,0 +1,1 @@
+"""How old knowledge is kept: importance of weights and the pulls that use it."""
