@@ -7,7 +7,9 @@ size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
+import numpy as np
 import torch
 
 from training.data.encoding import Encoded
@@ -61,18 +63,20 @@ def packed(examples: Sequence[Encoded], pad_id: int, row_tokens: int) -> dict[st
     which start anew with every example, and by which attention is kept inside it; examples, the number of each
     token's (the padding counts as the first's: it has no targets).
     """
-    lengths = [len(example.ids) for example in examples]
-    places = lay_out(lengths, row_tokens)
-    longest = max(start + length for (_, start), length in zip(places, lengths, strict=True))
-    shape = (places[-1][0] + 1, longest)
-    ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
-    numbers, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    for number, (example, (row, start)) in enumerate(zip(examples, places, strict=True)):
-        end = start + len(example.ids)
-        tokens, targets = torch.tensor(example.ids), torch.tensor(example.is_target)
-        ids[row, start:end] = tokens
-        labels[row, start + 1 : end] = torch.where(targets, tokens, IGNORE)[1:]
-        numbers[row, start:end] = number
-        positions[row, start:end] = torch.arange(end - start)
-        positions[row, end:] = torch.arange(longest - end)  # as padding, unless another example follows
-    return {"input_ids": ids, "labels": labels, "position_ids": positions, "examples": numbers}
+    lengths = np.array([len(example.ids) for example in examples])
+    rows, starts = np.array(lay_out(lengths.tolist(), row_tokens)).T
+    shape = (int(rows[-1]) + 1, int((starts + lengths).max()))
+    offsets = np.arange(lengths.sum())
+    inside = offsets - np.repeat(lengths.cumsum() - lengths, lengths)  # each token's place in its example
+    places = np.repeat(rows * shape[1] + starts, lengths) + inside
+    tokens = np.fromiter(chain.from_iterable(example.ids for example in examples), np.int64, len(offsets))
+    targets = np.fromiter(chain.from_iterable(example.is_target for example in examples), np.bool_, len(offsets))
+    ids, labels = np.full(shape, pad_id), np.full(shape, IGNORE)
+    numbers, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for row, end in {int(row): int(end) for row, end in zip(rows, starts + lengths, strict=True)}.items():
+        positions[row, end:] = np.arange(shape[1] - end)
+    ids.flat[places], positions.flat[places] = tokens, inside
+    labels.flat[places] = np.where(targets & (inside > 0), tokens, IGNORE)
+    numbers.flat[places] = np.repeat(np.arange(len(examples)), lengths)
+    made = {"input_ids": ids, "labels": labels, "position_ids": positions, "examples": numbers}
+    return {name: torch.from_numpy(values) for name, values in made.items()}
