@@ -197,7 +197,8 @@ class SweepResult(_Record):
     """A sweep, finished or under way (`finished` is None then). Times are ISO 8601 in UTC.
 
     `gain_unit` is that of the gains: "share", or nats per byte or token. `search` says in words how it searched
-    (algorithm, scheduler, preset), `hashes` what it was searched on.
+    (algorithm, scheduler, preset), `hashes` what it was searched on. `full_strategy` is the strategy that is full
+    tuning without protections, where there is one: gains are told as shares of its best.
     """
 
     schema_version: Literal[1] = 1
@@ -212,6 +213,7 @@ class SweepResult(_Record):
     points: tuple[Point, ...]
     finalists: tuple[Finalist, ...] = ()
     winner: Winner | None = None
+    full_strategy: str | None = None
     search: str = ""
     budget: Amount = Amount()
     spent: Amount = Amount()
