@@ -288,16 +288,22 @@ def templates() -> None:
 
 
 @cli.command()
-@click.argument("of", type=click.Choice(["spec", "scorecard", "comparison"]), default="spec")
+@click.argument("of", type=click.Choice(["spec", "scorecard", "comparison", "sweep-result"]), default="spec")
 @click.option("--sequence", "of_sequence", is_flag=True, help="Of a sequence of tasks.")
 def schema(of: str, of_sequence: bool) -> None:
-    """Print the JSON Schema of a spec, for editors; or of a scorecard, or of what compare --json prints."""
+    """Print the JSON Schema of a spec, for editors; or of a scorecard, of what compare --json prints, of a sweep."""
+    from sweeps.result import SweepResult
     from training.evaluation.comparison import Comparison
     from training.evaluation.scorecard import Scorecard
     from training.sequences.spec import SequenceSpec
     from training.spec import RunSpec
 
-    models: dict[str, type[BaseModel]] = {"spec": RunSpec, "scorecard": Scorecard, "comparison": Comparison}
+    models: dict[str, type[BaseModel]] = {
+        "spec": RunSpec,
+        "scorecard": Scorecard,
+        "comparison": Comparison,
+        "sweep-result": SweepResult,
+    }
     kind = SequenceSpec if of_sequence else models[of]
     click.echo(json.dumps(kind.model_json_schema(), indent=1))
 

@@ -1,1 +1,1 @@
-"""Tournaments of strategies under a retention contract. Nothing here yet: single runs come first."""
+"""Tournaments of strategies under a retention contract: what they came to, and how it is shown."""
