@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from training.data.tokens import continued_ids, text_ids
@@ -20,6 +22,21 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     """
 
     suite: FileSuite
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._answers: dict[str, str] = {}
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers in order; a prompt that two suites ask, such as a table's form and its sums, is answered once."""
+        keys = [self._key(*request.args) for request in requests]
+        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._answers}
+        found = super().generate_until(list(new.values()), disable_tqdm) if new else []
+        self._answers |= zip(new, found, strict=True)
+        return [self._answers[key] for key in keys]
+
+    def _key(self, prompt: str, settings: dict[str, Any]) -> str:
+        return json.dumps([context_ids(self.suite, prompt, self.tokenizer), settings], sort_keys=True)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any

@@ -20,7 +20,7 @@ class Targets:
     Attributes:
         logits: (targets, vocabulary); one row without meaning when the batch has no targets.
         ids: (targets,) the tokens that follow.
-        rows: (targets,) the example that each belongs to: the batch's row, or in packed rows its number.
+        rows: (targets,) the example that each belongs to: the batch's row, or the number of one laid end to end.
     """
 
     logits: torch.Tensor
@@ -38,6 +38,20 @@ class Targets:
     def cross_entropy(self) -> torch.Tensor:
         """Nats (targets,) in fp32."""
         return functional.cross_entropy(self.logits.float(), self.ids, reduction="none")
+
+
+def apart(batch: Batch) -> dict[str, Any]:
+    """What tells a model where examples begin that are laid end to end, under the names that transformers uses."""
+    if "bounds" not in batch:
+        return {}
+    bounds, longest = batch["bounds"], int(batch["longest"])
+    return {
+        "position_ids": batch["position_ids"],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 class TargetLogits:
@@ -67,8 +81,7 @@ class TargetLogits:
         found = (following != IGNORE).nonzero().squeeze(1)
         self._length = labels.shape[1]
         self._index = found if found.numel() else labels.new_zeros(1)
-        positions = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
-        logits = model(input_ids=batch["input_ids"], **positions, use_cache=False).logits
+        logits = model(input_ids=batch["input_ids"], **apart(batch), use_cache=False).logits
         rows = batch["examples"].flatten()[found] if "examples" in batch else found // labels.shape[1]
         return Targets(logits, following[found], rows)
 
