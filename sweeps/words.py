@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from sweeps.importance import Importance
 from sweeps.pareto import (
+    Scored,
     best_full,
     find_knee,
     name_of,
@@ -182,14 +183,12 @@ def _mattered(found: Sequence[Importance]) -> Iterator[str]:
 
 
 def _without_winner(result: SweepResult) -> Iterator[str]:
-    ranked: list[Finalist] | list[Point] = rank(on_validation(result.finalists))
-    ranked = ranked or rank(on_validation(result.points))
+    nearest = _nearest(result.finalists) or _nearest(result.points)
     if result.finished is None:
         return
-    if not ranked:
+    if nearest is None:
         yield "No trial finished, so there is nothing to recommend; the causes are below."
         return
-    nearest: Finalist | Point = max(ranked, key=lambda scored: (scored.contract != "broken", scored.retention.value))
     yield (
         f"Nothing that was tried keeps the contract. The nearest is {described(nearest)} ({name_of(nearest)}): it "
         f"gains {gain_text(result, nearest.gain.value)} and keeps {retention_text(nearest.retention.value)}."
@@ -197,6 +196,11 @@ def _without_winner(result: SweepResult) -> Iterator[str]:
     reasons = nearest.reasons if isinstance(nearest, Finalist) else ()
     yield from (f"It fails because {reason}." for reason in reasons)
     yield "Loosen the contract, add protections or lower learning rates to the space, or give the sweep more tokens."
+
+
+def _nearest(scored: Iterable[Scored]) -> Scored | None:
+    """What is nearest to keeping the contract: an undecided one before all that break it, then the most retained."""
+    return max(on_validation(scored), key=lambda one: (one.contract != "broken", one.retention.value), default=None)
 
 
 def curve_of(result: SweepResult, trial: str) -> list[Point]:
