@@ -12,17 +12,17 @@ from typing import Any
 def one_pass(spec_path: str, workspace: str) -> dict[str, Any]:
     """Every global batch of an epoch packed and made into tensors, as a worker does it."""
     from training.data.batches import collate
-    from training.data.packing import packed_batches, row_tokens
+    from training.data.packing import packed_batches
     from training.data.prepare import load_prepared, prepare
     from training.data.schedule import schedule_of
 
-    spec, _ = _read(spec_path, workspace)
-    data = load_prepared(prepare(spec, _))
+    spec, made = _read(spec_path, workspace)
+    data, capacity = load_prepared(prepare(spec, made)), spec.training.max_length
     schedule = schedule_of(spec, data.sizes, 0, 0)
     started, num_rows, num_tokens, num_targets, num_fed = time.monotonic(), 0, 0, 0, 0
     for step in range(schedule.num_steps):
-        for batch in packed_batches(schedule.batch(step), data.lengths, row_tokens(spec), 1):
-            tensors = collate([data.examples[index] for index in batch], 0, row_tokens(spec))
+        for batch in packed_batches(schedule.batch(step), data.lengths, capacity, 1):
+            tensors = collate([data.examples[index] for index in batch], 0, end_to_end=True)
             num_rows += len(batch)
             num_fed += tensors["input_ids"].numel()
             num_targets += int((tensors["labels"] != -100).sum())

@@ -42,7 +42,8 @@ class Suite(_Record):
     """One suite of a point or of a finalist: the base's score, the tuned one (a mean over seeds), and the change.
 
     `change` is positive where the tuned model is better, whatever the metric; `retention` is None for target suites and
-    where the base is at chance.
+    where the base is at chance. `bound` is what the contract asks: the least change of a target suite, the least
+    retention of a retention suite.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Suite(_Record):
     tuned: float
     change: Measured
     retention: Measured | None
+    bound: float | None
     state: State
 
 
@@ -197,7 +199,8 @@ class SweepResult(_Record):
     """A sweep, finished or under way (`finished` is None then). Times are ISO 8601 in UTC.
 
     `gain_unit` is that of the gains: "share", or nats per byte or token. `search` says in words how it searched
-    (algorithm, scheduler, preset), `hashes` what it was searched on.
+    (algorithm, scheduler, preset), `hashes` what it was searched on. `full_strategy` is the strategy that is full
+    tuning without protections, where there is one: gains are told as shares of its best.
     """
 
     schema_version: Literal[1] = 1
@@ -212,6 +215,7 @@ class SweepResult(_Record):
     points: tuple[Point, ...]
     finalists: tuple[Finalist, ...] = ()
     winner: Winner | None = None
+    full_strategy: str | None = None
     search: str = ""
     budget: Amount = Amount()
     spent: Amount = Amount()

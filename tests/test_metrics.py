@@ -159,3 +159,53 @@ def test_what_compares_with_the_base_is_no_target(metric: str) -> None:
 def test_wrong_suites_are_refused(fields: dict[str, Any], what: str) -> None:
     with pytest.raises(ValueError, match=what):
         ADAPTER.validate_python({"name": "s", "path": "f", **fields})
+
+
+def dfmea(*rows: str) -> str:
+    return "\n".join(("| Mode | S | O | D | RPN |", "| --- | --- | --- | --- | --- |", *rows))
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (dfmea("| Leak | 7 | 2 | 3 | 42 |"), Worth(1.0)),
+        (dfmea("| Leak | 7 | 2 | 3 | 42 |", "| Crack | 10 | 1 | 10 | 100 |"), Worth(1.0)),
+        ("```markdown\n" + dfmea("| Leak | 7 | 2 | 3 | 42 |") + "\n```", Worth(1.0)),
+        ("| rpn | d | o | s |\n|---|---|---|---|\n| 42 | 3 | 2 | 7 |", Worth(1.0)),  # any order, any case
+        (dfmea("| Leak | 7 | 2 | 3 | 41 |"), Worth(0.0)),
+        (dfmea("| Leak | 7 | 2 | 3 | 42 |", "| Crack | 2 | 2 | 2 | 6 |"), Worth(0.0)),  # one wrong row is enough
+        (dfmea("| Leak | 11 | 2 | 3 | 66 |"), Worth(0.0)),  # right, but beyond the scale
+        (dfmea("| Leak | 0 | 2 | 3 | 0 |"), Worth(0.0)),
+        (dfmea("| Leak | high | 2 | 3 | 42 |"), Worth(0.0)),
+        (dfmea("| Leak | 7 | 2 | 3 | 42.0 |"), Worth(0.0)),
+        (dfmea("| Leak | 7 | 2 | 3 | \u0664\u0662 |"), Worth(0.0)),  # digits of another script
+        (dfmea("| Leak | 7 | 2 | 3 |"), Worth(0.0, readable=False)),  # a cell is missing
+        ("| Mode | S | O | RPN |\n|---|---|---|---|\n| Leak | 7 | 2 | 14 |", Worth(0.0, readable=False)),
+        ("| S | S | O | D | RPN |\n|---|---|---|---|---|\n| 7 | 7 | 2 | 3 | 42 |", Worth(0.0, readable=False)),
+        (dfmea(), Worth(0.0, readable=False)),  # no row
+        ("The RPN is 7 x 2 x 3 = 42.", Worth(0.0, readable=False)),
+        ("", Worth(0.0, readable=False)),
+    ],
+)
+def test_a_product_is_right_in_every_row(answer: str, expected: Worth) -> None:
+    assert worth("product", answer, factors=["S", "O", "D"], product="RPN") == expected
+
+
+def test_a_scale_of_ones_own() -> None:
+    answer = "| a | b | c |\n|---|---|---|\n| -2 | 5 | -10 |"
+    assert worth("product", answer, factors=["a", "b"], product="c").score == 0.0
+    assert worth("product", answer, factors=["a", "b"], product="c", least=-5, greatest=5).score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ({"factors": ["S", "s"], "product": "RPN"}, "alike but for case"),
+        ({"factors": ["S", "O"], "product": "O"}, "alike but for case"),
+        ({"factors": ["S", "O"], "product": "RPN", "least": 5, "greatest": 4}, "least 5 exceeds greatest 4"),
+        ({"factors": ["S"], "product": "RPN"}, "at least 2"),
+    ],
+)
+def test_columns_of_a_product_that_cannot_be_are_refused(keys: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        worth("product", "", **keys)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from tiny import END, START
 from tiny_spec import SENTENCES, write_rows, write_tiny_spec
@@ -166,3 +167,22 @@ def test_other_data_is_another_protocol(scored: Scored, tmp_path: Path) -> None:
     other = write_rows(tmp_path / "other.jsonl", [{"question": "what is 7", "answer": "7"}])
     changed = scored.spec.suites.model_copy(update={"target": (target.model_copy(update={"path": other}),)})
     assert cached(scored.spec.model_copy(update={"suites": changed})) != before
+
+
+def test_a_prompt_that_several_suites_ask_is_answered_once(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three suites over the same prompts, one of them with fewer new tokens: that one alone is answered anew."""
+    asked: list[int] = []
+    generate = HFLM.generate_until
+    count = lambda self, requests, *rest: asked.append(len(requests)) or generate(self, requests, *rest)  # noqa: E731
+    monkeypatch.setattr(HFLM, "generate_until", count)
+    questions = {"path": "sums.jsonl", "prompt": "question", "completion": "answer"}
+    names = {"exact_match": NEW_TOKENS, "token_f1": NEW_TOKENS, "chrf": NEW_TOKENS - 1}
+    made = [{"name": name, "metric": name, **questions, "max_new_tokens": most} for name, most in names.items()]
+    path = write_tiny_spec(tmp_path, tiny_model, suites={"target": made[:1], "retention": made[1:]})
+    write_rows(tmp_path / "sums.jsonl", [{"question": f"what is {n}", "answer": str(n)} for n in range(6)])
+    answers, _ = score(tmp_path, load_spec(path), None)
+    assert asked == [6, 6]
+    first, second, _ = ([answer.answer for answer in answers[name]] for name in names)
+    assert first == second

@@ -166,6 +166,31 @@ class ValidTable(_Answering):
     format: Literal["markdown", "csv"] = "markdown"
 
 
+class Product(_Answering):
+    """Share of answers that are a Markdown table with the right product in every row: `product` is that of `factors`.
+
+    They name columns, in any case; factors are whole numbers from `least` to `greatest` (of a DFMEA severity,
+    occurrence and detection, 1 to 10, and their product, the risk priority number; IEC 60812).
+    """
+
+    needs_completion: ClassVar[bool] = False
+
+    metric: Literal["product"]
+    factors: Annotated[tuple[Text, ...], Field(min_length=2)]
+    product: Text
+    least: int = 1
+    greatest: int = 10
+
+    @model_validator(mode="after")
+    def _apart(self) -> Product:
+        columns = [name.casefold() for name in (*self.factors, self.product)]
+        if len(set(columns)) < len(columns):
+            raise fault("two of the columns are alike but for case", "name each column once", ("factors",))
+        if self.least > self.greatest:
+            raise fault(f"least {self.least} exceeds greatest {self.greatest}", "set least below greatest", ("least",))
+        return self
+
+
 class Length(_Answering):
     """Mean likeness of the answer's length in words to the completion's, or to the base's own answer's: min / max."""
 
@@ -264,7 +289,18 @@ def _named_by_harness(value: Any) -> Any:
 
 
 Answering = (
-    ExactMatch | TokenF1 | Rouge | Bleu | Chrf | Classification | Regex | ValidJson | ValidTable | Length | Agreement
+    ExactMatch
+    | TokenF1
+    | Rouge
+    | Bleu
+    | Chrf
+    | Classification
+    | Regex
+    | ValidJson
+    | ValidTable
+    | Product
+    | Length
+    | Agreement
 )
 FileSuite = Answering | Accuracy | CrossEntropy | Perplexity
 AnySuite = FileSuite | Harness

@@ -119,6 +119,11 @@ class Faults:
 Example = Conversation | Preference | Passage
 
 
+def place_of(example: Example) -> str:
+    """The file and row that an example was made from."""
+    return example.chosen.where if isinstance(example, Preference) else example.where
+
+
 def examples(source: Source, faults: Faults | None = None, seed: int = 0) -> Iterator[Example]:
     """The training examples of a source in its rows' order, as they are asked for.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def many_prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """prompt_ids() of every text."""
-    bare = text_ids(tokenizer, _ANY_TEXT)
-    started = list(tokenizer(_ANY_TEXT)["input_ids"])
-    start = started[: started.index(bare[0])]
+    start = _start_ids(tokenizer)
     return [start + ids for ids in many_ids(tokenizer, texts)]
 
 
@@ -42,8 +41,8 @@ def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def many_continued_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """continued_ids() of every text."""
-    after_line = text_ids(tokenizer, "\n")
-    if text_ids(tokenizer, "\n" + _ANY_TEXT) == after_line + text_ids(tokenizer, _ANY_TEXT):
+    after_line, is_plain = _after_line(tokenizer)
+    if is_plain:
         return many_ids(tokenizer, texts)
     found = many_ids(tokenizer, [f"\n{text}" for text in texts])
     size = len(after_line)
@@ -51,6 +50,20 @@ def many_continued_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str])
         ids[size:] if ids[:size] == after_line else text_ids(tokenizer, text)
         for ids, text in zip(found, texts, strict=True)
     ]
+
+
+@lru_cache(maxsize=8)
+def _after_line(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bool]:
+    """The ids of a line's end, and whether text after it is encoded as it is alone."""
+    after_line = text_ids(tokenizer, "\n")
+    return after_line, text_ids(tokenizer, "\n" + _ANY_TEXT) == after_line + text_ids(tokenizer, _ANY_TEXT)
+
+
+@lru_cache(maxsize=8)
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer puts before a text of its own accord."""
+    started = list(tokenizer(_ANY_TEXT)["input_ids"])
+    return started[: started.index(text_ids(tokenizer, _ANY_TEXT)[0])]
 
 
 _ANY_TEXT = "a"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 import string
 from collections import Counter
@@ -21,6 +22,7 @@ from training.suite_spec import (
     Classification,
     ExactMatch,
     Length,
+    Product,
     Regex,
     Rouge,
     TokenF1,
@@ -170,6 +172,29 @@ def _csv_rows(text: str) -> list[list[str]]:
         return []
 
 
+def product(suite: Product, answer: str, _: str) -> Worth:
+    """1 where every row of the table holds the product of its factors, each within the scale; unreadable without them.
+
+    Source: IEC 60812 (failure modes and effects analysis), risk priority number = S x O x D.
+    """
+    lines = [line for line in unfenced(answer).strip().splitlines() if line.strip()]
+    heading, *rows = _markdown_rows(lines) or [[]]
+    names = [cell.strip().casefold() for cell in heading]
+    wanted = [name.casefold() for name in (*suite.factors, suite.product)]
+    if not rows or any(names.count(name) != 1 for name in wanted) or any(len(row) != len(names) for row in rows):
+        return Worth(0.0, readable=False)
+    places = [names.index(name) for name in wanted]
+    return Worth(float(all(_multiplies(suite, [row[place].strip() for place in places]) for row in rows)))
+
+
+def _multiplies(suite: Product, cells: list[str]) -> bool:
+    """Whether the last cell is the product of the others, which are whole numbers within the scale."""
+    if not all(re.fullmatch(r"[+-]?[0-9]{1,9}", cell) for cell in cells):
+        return False
+    *factors, given = (int(cell) for cell in cells)
+    return math.prod(factors) == given and all(suite.least <= factor <= suite.greatest for factor in factors)
+
+
 def length(_: Length, answer: str, right: str) -> Worth:
     """The shorter one's words over the longer one's; 1 where both are empty."""
     given, wanted = len(answer.split()), len(right.split())
@@ -196,6 +221,7 @@ ANSWER_METRICS: dict[type, Callable[[Any, str, str], Worth]] = {
     Regex: regex,
     ValidJson: valid_json,
     ValidTable: valid_table,
+    Product: product,
     Length: length,
     Agreement: agreement,
 }

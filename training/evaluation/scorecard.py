@@ -109,6 +109,18 @@ class Probe(_Record):
     log_probs: tuple[float, ...]
 
 
+class DataSummary(_Record):
+    """What a run was trained on: examples; rows left out because they were faulty or had no target; overlong rows.
+
+    Overlong ones were cut or left out, as `data.overlong` says.
+    """
+
+    num_examples: int
+    num_faulty: int
+    num_untaught: int
+    num_overlong: int
+
+
 class Scorecard(_Record):
     """What one run gained and what it forgot. Version 1 has neither `forgetting` nor tests of significance."""
 
@@ -125,6 +137,7 @@ class Scorecard(_Record):
     versions: dict[str, str]
     seconds: float
     forgetting: Forgetting | None = None
+    data: DataSummary | None = None
 
 
 def read_scorecard(path: Path) -> Scorecard:
