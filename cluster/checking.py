@@ -56,8 +56,8 @@ def show_check(spec_path: Path, workspace: Workspace) -> None:
 
 def tell_dropped(console: Console, faulty: Faulty) -> None:
     """How many faulty rows of a source are dropped, and the first of them; nothing where there is none."""
-    if faulty.count:
-        console.print(f"{faulty.count:,} faulty rows are dropped, the first of them:", soft_wrap=True)
+    if faulty.num_rows:
+        console.print(f"{faulty.num_rows:,} faulty rows are dropped, the first of them:", soft_wrap=True)
         for problem in faulty.first[:PREVIEWED]:
             console.print(f"  {problem.where}: {problem.what}", soft_wrap=True, markup=False)
 

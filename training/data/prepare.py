@@ -53,7 +53,7 @@ _MIXING = {"name", "weight", "cap", "repeats"}
 class Faulty(NamedTuple):
     """Rows of a source that were dropped, and what was wrong with the first of them."""
 
-    count: int
+    num_rows: int
     first: tuple[Problem, ...]
 
 
@@ -119,7 +119,7 @@ class Prepared:
             num_replay=len(self.replay),
             num_replay_target_tokens=int(targets_of(self.replay).sum(dtype="int64")),
             num_untaught=self.num_untaught,
-            num_faulty=sum(source.count for source in self.faulty),
+            num_faulty=sum(source.num_rows for source in self.faulty),
             sources=tuple(self._count(end - size, end) for size, end in zip(self.sizes, ends, strict=True)),
         )
 
