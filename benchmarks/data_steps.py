@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,5 +85,7 @@ def trl(file: str, model: str, max_length: str, processes: str, scratch: str) ->
     return {"seconds": seconds, "rows": len(rows), "tokens": num_tokens, "efficiency": share, "version": __version__}
 
 
+_STEPS: dict[str, Callable[..., dict[str, Any]]] = {"one_pass": one_pass, "tenure": tenure, "trl": trl}
+
 if __name__ == "__main__":
-    print(json.dumps({"one_pass": one_pass, "tenure": tenure, "trl": trl}[sys.argv[1]](*sys.argv[2:])))
+    print(json.dumps(_STEPS[sys.argv[1]](*sys.argv[2:])))

@@ -250,8 +250,10 @@ def score_artifacts(
     }
 
 
-def _data_summary(run: RunFolder) -> DataSummary:
-    """What the run was trained on, by its plan."""
+def _data_summary(run: RunFolder) -> DataSummary | None:
+    """What the run was trained on, by its plan; None for what is scored without one."""
+    if not run.plan.is_file():
+        return None
     plan = Plan(**read_json(run.plan))
     return DataSummary(**{name: getattr(plan, name) for name in DataSummary.model_fields})
 
