@@ -353,7 +353,9 @@ def test_long_curves_are_thinned_to_means() -> None:
 
 
 def test_terminal_report_waits_for_no_plotting_library() -> None:
-    code = "import sys, training.report; print([m for m in ('matplotlib', 'torch', 'ray') if m in sys.modules])"
+    code = (
+        "import sys, training.reporting.report; print([m for m in ('matplotlib', 'torch', 'ray') if m in sys.modules])"
+    )
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ def forgetting_lines(scorecard: Scorecard) -> tuple[str, ...]:
     kept = scorecard.forgetting
     if kept is None:
         return ()
-    lines = []
+    lines = list(kl_lines(scorecard))
     if kept.retention is not None and kept.retention_unclipped is not None:
         lines.append(f"Retention {kept.retention:.1%} (unclipped {kept.retention_unclipped:.1%}), chance-corrected.")
     if kept.general_ability_delta is not None:
@@ -114,6 +114,14 @@ def forgetting_lines(scorecard: Scorecard) -> tuple[str, ...]:
     if kept.left_out:
         lines.append(f"Left out of retention, for the base is not above chance: {', '.join(kept.left_out)}.")
     return tuple(lines)
+
+
+def kl_lines(scorecard: Scorecard) -> Iterator[str]:
+    """How far the tuned model's distributions are from its base's, a sentence for each role of prompts."""
+    for role, kl in scorecard.kl_to_base.items():
+        low, high = kl.interval
+        looked_at = f"{kl.num_tokens:,} tokens of {kl.num_items:,} items"
+        yield f"KL to the base on {role} prompts {kl.nats:.4f} nats per token [{low:.4f}, {high:.4f}] ({looked_at})."
 
 
 def significance_text(suite: SuiteScore) -> str:
