@@ -40,6 +40,13 @@ class Targets:
         return functional.cross_entropy(self.logits.float(), self.ids, reduction="none")
 
 
+def hidden_at(inputs: tuple[torch.Tensor, ...], length: int, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What an output head is given, its hidden states (rows, length, size) cut to (positions, size)."""
+    hidden, *rest = inputs
+    rows = hidden[:, -length:]  # a soft prompt's virtual tokens stand before every row
+    return (rows.flatten(0, 1)[index], *rest)
+
+
 def apart(batch: Batch) -> dict[str, Any]:
     """What tells a model where examples begin that are laid end to end, under the names that transformers uses."""
     if "bounds" not in batch:
@@ -67,9 +74,7 @@ class TargetLogits:
         model.get_output_embeddings().register_forward_pre_hook(self._select)
 
     def _select(self, head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden, *rest = inputs
-        rows = hidden[:, -self._length :]  # a soft prompt's virtual tokens stand before every row
-        return (rows.flatten(0, 1)[self._index], *rest)
+        return hidden_at(inputs, self._length, self._index)
 
     def targets(self, model: Any, batch: Batch) -> Targets:
         """The predictions of a batch (rows, length) by the model, or by the engine around it.
