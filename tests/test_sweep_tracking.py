@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from sweep_results import made_up_sweep
 
 from cluster.cli import cli
@@ -73,21 +72,26 @@ def test_a_sweep_and_its_trials_are_parent_and_children(
     assert [metric.step for metric in rungs] == [seen.rung for seen in trials["finished"].curve]
 
 
-def test_report_shows_a_sweep_and_writes_its_page(result: SweepResult, tmp_path: Path) -> None:
+def report(workspace: Path, *arguments: str) -> None:
+    cli.main(["--workspace", str(workspace), "report", *arguments], standalone_mode=False)
+
+
+def test_report_shows_a_sweep_and_writes_its_page(
+    result: SweepResult, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "sweeps" / "made-up-1"
     write_result(folder / "result.json", result)
-    shown = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "report", "made-up-1", "--price", "2"])
-    assert shown.exit_code == 0, shown.output
-    assert "Winner: lora-kl" in shown.output
-    assert "price, at 2 a GPU hour" in shown.output
+    report(tmp_path, "made-up-1", "--price", "2")
+    shown = capfd.readouterr().out
+    assert "Winner: lora-kl" in shown
+    assert "price, at 2 a GPU hour" in shown
     assert "Winner: lora-kl" in (folder / "report.html").read_text()
     assert (folder / "winner.yaml").is_file()
-    as_json = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "report", "made-up-1", "--json"])
-    assert SweepResult.model_validate_json(as_json.output) == result
+    report(tmp_path, "made-up-1", "--json")
+    assert SweepResult.model_validate_json(capfd.readouterr().out) == result
 
 
 def test_a_sweep_without_a_result_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "sweeps" / "mine").mkdir(parents=True)
-    failed = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "report", "mine"])
-    assert isinstance(failed.exception, TenureError)
-    assert "tenure sweep --resume mine" in str(failed.exception)
+    with pytest.raises(TenureError, match="tenure sweep --resume mine"):
+        report(tmp_path, "mine")
