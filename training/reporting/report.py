@@ -63,6 +63,11 @@ def print_pair(console: Console, pair: Pair) -> None:
             _plain(suite.name), better, f"[{ends}]", str(len(suite.lost)), str(len(suite.won)), f"{suite.p_holm:.3g}"
         )
     console.print(Padding(table, (1, 0)))
+    for role, (ours, theirs) in pair.kl_to_base.items():
+        told = (
+            f"KL to the base on {role} prompts: {ours:.4f} ({pair.first}), {theirs:.4f} ({pair.second}) nats per token"
+        )
+        console.print(_plain(told))
     note = "Paired over items; p by McNemar or sign flips, corrected over the suites (Holm). --json lists all items."
     console.print(Text(note, "dim"))
     for suite in pair.suites:
