@@ -30,6 +30,7 @@ from training.workspace import read_json, write_json
 STORE_VERSION = 1
 ROWS_AT_ONCE = 2000
 ROWS_PER_RELEASE = 1024
+BATCHES_PER_RELEASE = 64
 META = "meta.json"
 SCHEMA = pa.schema(
     [
@@ -155,8 +156,11 @@ class StoredRows(Sequence[Encoded]):
         return self._column("num_targets")
 
     def _column(self, name: str) -> Numbers:
-        columns = [batch.column(name).to_numpy() for batch in self._batches]
-        found = np.concatenate(columns) if columns else np.zeros(0, np.int32)
+        found = np.zeros(len(self), np.int32)
+        for number, batch in enumerate(self._batches):
+            found[self._starts[number] : self._starts[number + 1]] = batch.column(name).to_numpy()
+            if number % BATCHES_PER_RELEASE == 0:
+                self._release()
         self._release()
         return found
 
