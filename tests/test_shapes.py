@@ -12,13 +12,16 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 from tiny_spec import sums, write_rows, write_tiny_spec
 
+from training.data.items import read_items
 from training.data.rows import Conversation, Example, Faults, Preference, examples
 from training.data.shapes import recognise
 from training.errors import TenureError
 from training.section import Source
 from training.specfile import load_spec
+from training.suite_spec import Suite
 
 TURNS = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
 SHAREGPT = [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"}]
@@ -222,3 +225,50 @@ def test_rows_that_cannot_be_read_do_not_decide_the_form(tmp_path: Path) -> None
     path.write_text("{\n")
     with pytest.raises(TenureError, match="no row can be read by which to recognise the columns"):
         recognise(path)
+
+
+ALPACA = {"instruction": "Add.", "input": "3+4", "output": "7"}
+TALK = {"conversations": [{"from": "human", "value": "3+4"}, {"from": "gpt", "value": "7"}]}
+
+
+@pytest.mark.parametrize(
+    ("metric", "row", "item"),
+    [
+        ("exact_match", ALPACA, ("Add.\n\n3+4", "7")),
+        ("exact_match", TALK, ("3+4", "7")),
+        ("exact_match", {"question": "3+4", "answer": "7"}, ("3+4", "7")),
+        ("cross_entropy", {"text": "seven"}, ("", "seven")),
+        ("cross_entropy", ALPACA, ("Add.\n\n3+4", "7")),
+        ("perplexity", TALK, ("3+4", "7")),
+    ],
+)
+def test_a_suites_columns_are_recognised_as_a_sources(
+    tmp_path: Path, metric: str, row: dict[str, Any], item: tuple[str, str]
+) -> None:
+    suite = looked_at(tmp_path, metric, row)
+    (found,) = read_items(suite)
+    assert (found.prompt, found.completion) == item
+    again = SUITE.validate_python(suite.model_dump(mode="json"))
+    assert again == suite
+
+
+@pytest.mark.parametrize(
+    ("metric", "row", "what"),
+    [
+        ("exact_match", {"text": "seven"}, "the rows' text make no item of the metric exact_match"),
+        ("rouge", {"prompt": "a", "chosen": "b", "rejected": "c"}, "the rows' chosen, rejected make no item"),
+        ("exact_match", {"a": 1}, "the columns fit no form: a"),
+    ],
+)
+def test_a_suite_of_another_form_is_refused(tmp_path: Path, metric: str, row: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValidationError, match=what):
+        looked_at(tmp_path, metric, row)
+
+
+SUITE: TypeAdapter[Any] = TypeAdapter(Suite)
+
+
+def looked_at(folder: Path, metric: str, row: dict[str, Any]) -> Any:
+    write_rows(folder / "items.jsonl", [row])
+    given = {"name": "s", "path": "items.jsonl", "metric": metric}
+    return SUITE.validate_python(given, context={"folder": folder, "look_at_files": True})

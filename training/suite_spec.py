@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from training.errors import TenureError
 from training.section import Count, DataLocation, Flag, Name, Natural, NonNegative, Section, Text, fault
 
 
@@ -30,6 +31,25 @@ class _Suite(_Promised):
     path: DataLocation
 
 
+def _may_look(info: ValidationInfo) -> bool:
+    return bool((info.context or {}).get("look_at_files"))
+
+
+def _recognised(suite: Any, known: tuple[str, ...]) -> dict[str, str]:
+    """The columns of a suite's file, as of a source of training rows; what the suite names itself stands."""
+    from training.data.shapes import reason_of, recognise
+
+    try:
+        found = recognise(suite.path)
+    except TenureError as error:
+        raise fault(*reason_of(error)) from None
+    unfit = [key for key in found if key not in known]
+    if unfit:
+        what = f"no column is named, and the rows' {', '.join(unfit)} make no item of the metric {suite.metric}"
+        raise fault(what, f"name the columns of {' and '.join(known[:2])}")
+    return {key: column for key, column in found.items() if getattr(suite, key) is None}
+
+
 class _Answering(_Suite):
     """Items that the model answers, greedily, in its own words: a prompt, or chat turns up to the last answer.
 
@@ -46,7 +66,13 @@ class _Answering(_Suite):
     max_new_tokens: Count = 64
 
     @model_validator(mode="after")
-    def _one_form(self) -> _Answering:
+    def _one_form(self, info: ValidationInfo) -> _Answering:
+        """The suite with its columns, which are recognised where none is named and files may be looked at."""
+        if self.prompt is None and self.completion is None and self.messages is None and _may_look(info):
+            return self.model_copy(update=_recognised(self, ("prompt", "completion", "messages", "system")))._checked()
+        return self._checked()
+
+    def _checked(self) -> _Answering:
         """Turns alone, or a prompt with the completion that the metric needs."""
         if self.messages is None:
             for key in ("prompt", "completion") if self.needs_completion else ("prompt",):
@@ -232,7 +258,14 @@ class _Likelihood(_Suite):
     chat: Flag | Literal["auto"] = False
 
     @model_validator(mode="after")
-    def _one_form(self) -> _Likelihood:
+    def _one_form(self, info: ValidationInfo) -> _Likelihood:
+        """The suite with its columns, which are recognised where none is named and files may be looked at."""
+        named = (self.text, self.prompt, self.completion, self.messages)
+        if not any(named) and _may_look(info):
+            return self.model_copy(update=_recognised(self, ("text", "prompt", "completion", "messages")))._checked()
+        return self._checked()
+
+    def _checked(self) -> _Likelihood:
         pair = self.prompt is not None and self.completion is not None
         halves = self.text is not None and bool(self.prompt or self.completion)
         if [self.text is not None, pair, self.messages is not None].count(True) != 1 or halves:

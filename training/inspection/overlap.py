@@ -1,9 +1,9 @@
 """Which items of a suite also stand in other rows, after published decontamination practice.
 
 An item is found in a row when at least 70 % of its 8-grams of words are there (PaLM, arXiv 2204.02311), in one and
-the same row (as for Tulu 3, arXiv 2411.15124), and so is its answer: a known question with another answer gives
-nothing away. 8-grams that many prompts share are templates and count for nothing (GPT-3, arXiv 2005.14165, appendix
-C, leaves out what stands in more than ten documents). An item of plain text may stand in several rows, since
+the same row (as Tulu 3 counts, arXiv 2411.15124, section 3.2), and so is its answer: a known question with another
+answer gives nothing away. 8-grams that many prompts share are templates and count for nothing (GPT-3, arXiv 2005.14165,
+appendix C, leaves out 13-grams of more than ten documents). An item of plain text may stand in several rows, since
 documents are cut into pieces. Items with fewer words than an 8-gram are compared whole, prompt and answer.
 """
 
