@@ -20,7 +20,7 @@ from cluster.tasks import run_tasks
 from training.data.prepare import load_prepared, prepare
 from training.errors import Problem, TenureError, fail, raise_all
 from training.evaluation.presets import add_presets
-from training.evaluation.scorecard import Scorecard, read_scorecard
+from training.evaluation.scorecard import DataSummary, Scorecard, read_scorecard
 from training.lineage import find_base, inherit_suites
 from training.models import hash_folder, read_model_info
 from training.objective.teacher import check_teacher
@@ -244,10 +244,19 @@ def score_artifacts(
             base=scoring.read_scores(targets["base"]),
             tuned=scoring.read_scores(targets[name]),
             seconds=seconds,
+            data=_data_summary(run),
             kl=scoring.read_kl(targets[name]),
         )
         for name, artifact in artifacts.items()
     }
+
+
+def _data_summary(run: RunFolder) -> DataSummary | None:
+    """What the run was trained on, by its plan; None for what is scored without one."""
+    if not run.plan.is_file():
+        return None
+    plan = Plan(**read_json(run.plan))
+    return DataSummary(**{name: getattr(plan, name) for name in DataSummary.model_fields})
 
 
 def _protocol(spec: RunSpec) -> tuple[dict[str, str | int | float | bool | None], str]:

@@ -14,7 +14,7 @@ from training.data.items import Answered
 from training.evaluation.contract import judge, num_to_decide, state_of
 from training.evaluation.metrics import ANSWER_METRICS, NATS, same_answer
 from training.evaluation.overall import promises, summarise_forgetting
-from training.evaluation.scorecard import Item, KlToBase, Probe, Scorecard, State, SuiteScore
+from training.evaluation.scorecard import DataSummary, Item, KlToBase, Probe, Scorecard, State, SuiteScore
 from training.evaluation.stats import bootstrap_interval, discordant, holm, p_value, paired_interval
 from training.models import hash_folder
 from training.spec import Contract, RunSpec
@@ -34,6 +34,7 @@ def build_scorecard(
     base: tuple[dict[str, list[Answered]], tuple[Probe, ...]],
     tuned: tuple[dict[str, list[Answered]], tuple[Probe, ...]],
     seconds: float,
+    data: DataSummary | None = None,
     kl: Mapping[str, Sequence[tuple[float, int]]] | None = None,
 ) -> Scorecard:
     """The scorecard of a run from the answers of its base and of its artifact, and its distance from the base."""
@@ -57,6 +58,7 @@ def build_scorecard(
         versions=package_versions(),
         seconds=seconds,
         forgetting=summarise_forgetting(suites),
+        data=data,
         kl_to_base=summarise_kl(kl or {}),
     )
 

@@ -121,6 +121,18 @@ class Probe(_Record):
     log_probs: tuple[float, ...]
 
 
+class DataSummary(_Record):
+    """What a run was trained on: examples; rows left out because they were faulty or had no target; overlong rows.
+
+    Overlong ones were cut or left out, as `data.overlong` says.
+    """
+
+    num_examples: int
+    num_faulty: int
+    num_untaught: int
+    num_overlong: int
+
+
 class Scorecard(_Record):
     """What one run gained and what it forgot. Version 1 has neither `forgetting` nor tests of significance.
 
@@ -140,6 +152,7 @@ class Scorecard(_Record):
     versions: dict[str, str]
     seconds: float
     forgetting: Forgetting | None = None
+    data: DataSummary | None = None
     kl_to_base: dict[Literal["target", "retention"], KlToBase] = {}
 
 

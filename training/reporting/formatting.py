@@ -121,6 +121,19 @@ def forgetting_lines(scorecard: Scorecard) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def data_line(scorecard: Scorecard) -> str:
+    """What the run was trained on and what was left out of it; nothing where the scorecard does not say."""
+    data = scorecard.data
+    if data is None:
+        return ""
+    left_out = [(data.num_faulty, "faulty rows"), (data.num_untaught, "rows without target tokens")]
+    told = " and ".join(f"{count:,} {what}" for count, what in left_out if count)
+    parts = [f"Trained on {data.num_examples:,} examples"]
+    parts += [f"{told} were left out"] if told else []
+    parts += [f"{data.num_overlong:,} rows were longer than max_length"] if data.num_overlong else []
+    return f"{'; '.join(parts)}."
+
+
 def kl_lines(scorecard: Scorecard) -> Iterator[str]:
     """How far the tuned model's distributions are from its base's, a sentence for each role of prompts."""
     for role, kl in scorecard.kl_to_base.items():
