@@ -22,7 +22,8 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "dfmea"
 
 def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("dfmea_prepare", path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
