@@ -31,12 +31,12 @@ from transformers import (
 )
 
 from training.attention import attend_within, refusal
-from training.data.apart import expect_apart
 from training.data.batches import IGNORE, collate
 from training.data.encoding import Encoded
 from training.data.packing import efficiency, most_rows, pack, packed_batches
 from training.data.prepare import Prepared
 from training.errors import TenureError
+from training.objective.first_look import expect_apart
 from training.objective.objectives import Loss, Objective, TokenObjective
 from training.objective.targets import TargetLogits, apart
 from training.objective.weighing import Weighed

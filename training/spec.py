@@ -165,6 +165,7 @@ class Training(Section):
     micro_batch_size: Count | Literal["auto"] = "auto"
     max_length: Count = 1024
     packing: Flag | Literal["auto"] = "auto"
+    fused_loss: Flag = True
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: Natural = 0
     validation_items: Natural = 64

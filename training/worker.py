@@ -18,7 +18,6 @@ import torch.distributed as dist
 from training import checkpoint, export, tuning
 from training import engine as engines
 from training.attention import attend_within
-from training.data.apart import expect_apart
 from training.data.batches import collate, micro_batches, share, to_device
 from training.data.encoding import Encoded, load_tokenizer
 from training.data.mixture import tasks_of
@@ -32,6 +31,7 @@ from training.errors import fail
 from training.faults import explained_at, output_to
 from training.interpolate import interpolate
 from training.models import hash_folder
+from training.objective.first_look import expect_apart, fuses_truly
 from training.objective.objectives import Objective, make_objective
 from training.objective.weighing import weigh
 from training.plan import Plan
@@ -126,6 +126,8 @@ class Trainer:
         )
         if plan.row_tokens:
             expect_apart(engine, trainer.objective.head)
+        if spec.training.fused_loss:
+            trainer.objective.head.fuses = fuses_truly(engine, trainer.objective.head, plan.row_tokens > 0)
         # Adapters start alike on every worker; dropout must not, or all would drop the same units.
         seed_everything(spec.training.seed + 1 + dist.get_rank())
         trainer._resume()

@@ -204,24 +204,31 @@ class TokenObjective:
     def loss(self, engine: Any, indices: Sequence[int], totals: Totals) -> Loss:
         """The share of the examples `indices` in the loss and in the mean of each term."""
         batch = _on_device([self._rows[index] for index in indices], self._pad_id, engine, self._end_to_end)
+        given = [self._weight(index) / totals.weight if totals.weight else 0.0 for index in indices]
+        shares = torch.tensor(given or [0.0], device=engine.device)
+        if not self._terms:
+            learned = self.head.learned(engine, batch, shares)
+            return Loss(learned.value, {}, _by_example(learned.losses, learned.rows, len(indices)))
         outcomes = [term.frozen.outcomes(engine, batch, indices) for term in self._terms]
         targets = self.head.targets(engine, batch)
         if targets.is_empty:
             return _nothing(targets, self.names, len(indices))
-        shares = [self._weight(index) / totals.weight if totals.weight else 0.0 for index in indices]
-        weights = torch.tensor(shares, device=engine.device)[targets.rows]
-        per_target = targets.cross_entropy()
+        weights, per_target = shares[targets.rows], targets.cross_entropy()
         cross_entropy = (weights * per_target).sum()
         value = self._cross_entropy * cross_entropy
-        parts = {"cross_entropy": cross_entropy.detach()} if self._terms else {}
-        for term, given in zip(self._terms, outcomes, strict=True):
-            assert given is not None
-            nats = term.per_target(targets, given)
+        parts = {"cross_entropy": cross_entropy.detach()}
+        for term, found in zip(self._terms, outcomes, strict=True):
+            assert found is not None
+            nats = term.per_target(targets, found)
             mean = (weights * nats).sum() if term.weighted else nats.sum() / totals.num_targets
             value = value + term.factor * term.temperature**2 * mean
             parts[term.name] = mean.detach()
-        losses = torch.zeros(len(indices), device=engine.device).index_add(0, targets.rows, per_target.detach())
-        return Loss(value, parts, losses)
+        return Loss(value, parts, _by_example(per_target.detach(), targets.rows, len(indices)))
+
+
+def _by_example(losses: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Losses (targets,) summed by example (count,)."""
+    return torch.zeros(count, device=losses.device).index_add(0, rows, losses)
 
 
 def _nothing(targets: Targets, names: Sequence[str], num_examples: int) -> Loss:

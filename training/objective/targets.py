@@ -9,6 +9,10 @@ import torch
 from torch.nn import functional
 
 from training.data.batches import IGNORE
+from training.objective.fused import weighted_cross_entropy
+
+# Kernels in 16 bits round otherwise; a model that scales or caps its logits is further off.
+_ROUNDING = 1e-2
 
 Batch = dict[str, torch.Tensor]
 
@@ -61,6 +65,21 @@ def apart(batch: Batch) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Learned:
+    """Cross-entropy at a batch's target positions: the sum of shares * losses, with gradients, and the losses without.
+
+    Attributes:
+        value: a scalar.
+        losses: (targets,) nats in fp32.
+        rows: (targets,) as in Targets.
+    """
+
+    value: torch.Tensor
+    losses: torch.Tensor
+    rows: torch.Tensor
+
+
 class TargetLogits:
     """Runs a causal language model with logits at target positions alone.
 
@@ -71,24 +90,81 @@ class TargetLogits:
     def __init__(self, model: Any) -> None:
         self._index = torch.zeros(0, dtype=torch.long)
         self._length = 0
-        model.get_output_embeddings().register_forward_pre_hook(self._select)
+        self._asked: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._losses = torch.zeros(0)
+        self.fuses = False
+        head = model.get_output_embeddings()
+        head.register_forward_pre_hook(self._select)
+        self._head, self._logits_of = head, head.forward
+        self.can_fuse = type(head) is torch.nn.Linear and head.bias is None
+        if self.can_fuse:
+            head.forward = self._answer
 
     def _select(self, head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return hidden_at(inputs, self._length, self._index)
+        hidden, *rest = inputs
+        rows = hidden[:, -self._length :]  # a soft prompt's virtual tokens stand before every row
+        return (rows.flatten(0, 1)[self._index], *rest)
 
-    def targets(self, model: Any, batch: Batch) -> Targets:
-        """The predictions of a batch (rows, length) by the model, or by the engine around it.
+    def _answer(self, hidden: torch.Tensor) -> torch.Tensor:
+        """In the output head's place: its logits or, where that is asked for, the loss (1,)."""
+        if self._asked is None:
+            logits: torch.Tensor = self._logits_of(hidden)
+            return logits
+        value, self._losses = weighted_cross_entropy(hidden, self._head.weight, *self._asked)
+        return value.reshape(1)
 
-        The first token of a row is never a target, since nothing stands before it.
-        """
+    def _find(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The targets' ids and rows (targets,), where the head shall look. The first token of a row is never one."""
         labels = batch["labels"]
         following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
         found = (following != IGNORE).nonzero().squeeze(1)
         self._length = labels.shape[1]
         self._index = found if found.numel() else labels.new_zeros(1)
-        logits = model(input_ids=batch["input_ids"], **apart(batch), use_cache=False).logits
         rows = batch["examples"].flatten()[found] if "examples" in batch else found // labels.shape[1]
-        return Targets(logits, following[found], rows)
+        return following[found], rows
+
+    def targets(self, model: Any, batch: Batch) -> Targets:
+        """The predictions of a batch (rows, length) by the model, or by the engine around it."""
+        ids, rows = self._find(batch)
+        return Targets(self._run(model, batch), ids, rows)
+
+    def _run(self, model: Any, batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=batch["input_ids"], **apart(batch), use_cache=False).logits
+        return logits
+
+    def learned(self, model: Any, batch: Batch, shares: torch.Tensor) -> Learned:
+        """The cross-entropy of a batch. Where `fuses` is set, its logits never stand in memory together.
+
+        Args:
+            shares: (rows,) or (examples,): what every target of theirs is multiplied with.
+        """
+        if not self.fuses:
+            targets = self.targets(model, batch)
+            losses = targets.cross_entropy() if not targets.is_empty else targets.nothing().expand(0)
+            value = (shares[targets.rows] * losses).sum() if not targets.is_empty else targets.nothing()
+            return Learned(value, losses.detach(), targets.rows)
+        ids, rows = self._find(batch)
+        given = (ids, shares[rows]) if ids.numel() else (ids.new_zeros(1), shares.new_zeros(1))
+        self._asked = given
+        try:
+            value = self._run(model, batch).reshape(())
+        finally:
+            self._asked = None
+        return Learned(value, self._losses[: ids.numel()], rows)
+
+    @torch.no_grad()
+    def fuses_truly(self, model: Any, batch: Batch) -> bool:
+        """Whether the fused loss is the plain one: not where a model changes its head's logits. All workers call it."""
+        if not self.can_fuse:
+            return False
+        shares = torch.ones(
+            int(batch["input_ids"].shape[0]) * batch["input_ids"].shape[1], device=batch["labels"].device
+        )
+        values = []
+        for self.fuses in (False, True):
+            values.append(float(self.learned(model, batch, shares).value))
+        self.fuses = False
+        return abs(values[0] - values[1]) <= _ROUNDING * abs(values[0])
 
     def sum(self, model: Any, batch: Batch) -> torch.Tensor:
         """The cross-entropy in nats summed over the targets of a batch, as a scalar in fp32."""

@@ -1,4 +1,4 @@
-"""Whether a model keeps packed examples apart: tried out on the model itself, before the first step."""
+"""What a model can be trained with, tried out on the model itself before the first step."""
 
 from __future__ import annotations
 
@@ -40,3 +40,13 @@ def _logits(engine: Any, head: TargetLogits, before: tuple[tuple[int, ...], ...]
     rows = [Encoded(ids, (True,) * len(ids)) for ids in (*before, _SECOND)]
     targets = head.targets(engine, to_device(collate(rows, 0, end_to_end=True), engine.device))
     return targets.logits[targets.rows == len(before)].float()
+
+
+def fuses_truly(engine: Any, head: TargetLogits, end_to_end: bool) -> bool:
+    """Whether the model's loss may be computed without its logits. All workers call it."""
+    was_training = engine.module.training
+    engine.eval()
+    rows = [Encoded(ids, (True,) * len(ids)) for ids in (_FIRST, _SECOND)]
+    found = head.fuses_truly(engine, to_device(collate(rows, 0, end_to_end), engine.device))
+    engine.train(was_training)
+    return found
