@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,12 +52,24 @@ class TargetLogits:
     def __init__(self, model: Any) -> None:
         self._index = torch.zeros(0, dtype=torch.long)
         self._length = 0
+        self._selects = True
         model.get_output_embeddings().register_forward_pre_hook(self._select)
 
     def _select(self, head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if not self._selects:
+            return inputs
         hidden, *rest = inputs
         rows = hidden[:, -self._length :]  # a soft prompt's virtual tokens stand before every row
         return (rows.flatten(0, 1)[self._index], *rest)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Logits at every position meanwhile, for whoever asks the model itself."""
+        self._selects = False
+        try:
+            yield
+        finally:
+            self._selects = True
 
     def targets(self, model: Any, batch: Batch) -> Targets:
         """The predictions of a batch (rows, length) by the model, or by the engine around it.
