@@ -108,12 +108,17 @@ def _pooled_interval(gains: np.ndarray, weights: np.ndarray) -> Interval:
 
 def suite_retention(suite: SuiteScore) -> Measured | None:
     """min(1, r / r_0), chance-corrected, or the ratio of perplexities; None where the base is at chance."""
+    found = [retention_at(suite, change) for change in (suite.change, *suite.interval)]
+    value, low, high = (1.0 if one is None else min(1.0, one) for one in found)
+    return None if None in found else _measured(value, low, high)
+
+
+def retention_at(suite: SuiteScore, change: float) -> float | None:
+    """What a change of the suite would be as retention, unclipped; None where the base is at chance."""
     if suite.unit.startswith("nats"):
-        return _measured(*(min(1.0, math.exp(min(0.0, end))) for end in (suite.change, *suite.interval)))
+        return math.exp(min(change, 0.0))
     above = suite.base - (suite.chance or 0.0)
-    if above <= 0:
-        return None
-    return _measured(*(min(1.0, 1 + end / above) for end in (suite.change, *suite.interval)))
+    return 1 + change / above if above > 0 else None
 
 
 def mean_of(parts: Sequence[Measured], together: bool) -> Measured:
@@ -164,6 +169,7 @@ def _suite(score: SuiteScore) -> Suite:
         tuned=score.tuned,
         change=_measured(score.change, *score.interval),
         retention=suite_retention(score) if score.role == "retention" else None,
+        bound=score.threshold if score.role == "target" else retention_at(score, -score.threshold),
         state=score.verdict,
     )
 

@@ -94,11 +94,12 @@ def rank(points: Iterable[Scored]) -> list[Scored]:
     return sorted(points, key=lambda p: (_ORDER[p.contract], -p.gain.value, -p.retention.value))
 
 
-def nominate(points: Iterable[Point], count: int) -> list[Point]:
+def nominate(points: Sequence[Point], count: int, full_strategy: str | None = None) -> list[Point]:
     """The points whose settings are to be run again under more seeds: the best of each trial, at most `count`.
 
     The best of every strategy come before the second best of any, for the final is between strategies; none that breaks
-    the contract is nominated while another one does not.
+    the contract is nominated while another one does not. The best plain full tuning comes besides, since gains are told
+    as shares of its own.
     """
     best_of_trial: dict[str, Point] = {}
     for point in rank(on_validation(points)):
@@ -109,7 +110,9 @@ def nominate(points: Iterable[Point], count: int) -> list[Point]:
         turn = turns.get(point.strategy, 0)
         turns[point.strategy] = turn + 1
         order.append((_ORDER[point.contract], turn, place, point))
-    return [point for *_, point in sorted(order, key=lambda entry: entry[:3])[:count]]
+    chosen = [point for *_, point in sorted(order, key=lambda entry: entry[:3])[:count]]
+    full = _best_of(points, full_strategy)
+    return [*chosen, full] if full and full not in chosen else chosen
 
 
 @dataclass(frozen=True)
@@ -163,11 +166,15 @@ def name_of(scored: Point | Finalist) -> str:
 def best_full(result: SweepResult) -> Point | Finalist | None:
     """The plain full tuning with the largest gain on validation, whatever it forgot: what a gain is a share of.
 
-    A finalist, pooled over seeds, goes before single points. None where the sweep has no plain full tuning.
+    Pooled over seeds where it was run under several. None where the sweep has no plain full tuning.
     """
-    return _most(result.finalists, result.full_strategy) or _most(result.points, result.full_strategy)
+    best = _best_of(result.points, result.full_strategy)
+    if best is None:
+        return _best_of(result.finalists, result.full_strategy)
+    pooled = (one for one in on_validation(result.finalists) if (one.trial, one.alpha) == (best.trial, best.alpha))
+    return next(pooled, best)
 
 
-def _most(scored: Iterable[Scored], strategy: str | None) -> Scored | None:
+def _best_of(scored: Iterable[Scored], strategy: str | None) -> Scored | None:
     whole = [one for one in on_validation(scored) if one.strategy == strategy and one.alpha in (None, 1.0)]
     return max(whole, key=lambda one: one.gain.value, default=None)

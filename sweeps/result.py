@@ -42,7 +42,8 @@ class Suite(_Record):
     """One suite of a point or of a finalist: the base's score, the tuned one (a mean over seeds), and the change.
 
     `change` is positive where the tuned model is better, whatever the metric; `retention` is None for target suites and
-    where the base is at chance.
+    where the base is at chance. `bound` is what the contract asks: the least change of a target suite, the least
+    retention of a retention suite.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Suite(_Record):
     tuned: float
     change: Measured
     retention: Measured | None
+    bound: float | None
     state: State
 
 

@@ -14,6 +14,7 @@ from sweeps.result import (
     Measured,
     Point,
     RungMeasure,
+    Suite,
     SweepResult,
     Trial,
     Winner,
@@ -75,12 +76,10 @@ def space() -> tuple[Dimension, ...]:
         Dimension(path=RATE, kind="float", low=1e-6, high=1e-3, log=True),
         Dimension(path="training.global_batch_size", kind="category", choices=(16, 32, 64)),
         Dimension(path="tuning.rank", kind="int", low=4, high=64, log=True, strategies=("lora", "lora-kl")),
-        Dimension(path="protections.ewc.strength", kind="float", low=1, high=1e4, log=True, strategies=("full-ewc",)),
-        Dimension(
-            path="protections.l2sp.strength", kind="float", low=1e-3, high=1, log=True, strategies=("full-l2sp",)
-        ),
-        Dimension(path="protections.replay.share", kind="float", low=0.02, high=0.4, strategies=("full-replay",)),
-        Dimension(path="protections.kl.weight", kind="float", low=0.1, high=4.0, log=True, strategies=("lora-kl",)),
+        Dimension(path="protections.0.strength", kind="float", low=1, high=1e4, log=True, strategies=("full-ewc",)),
+        Dimension(path="protections.0.strength", kind="float", low=1e-3, high=1, log=True, strategies=("full-l2sp",)),
+        Dimension(path="protections.0.share", kind="float", low=0.02, high=0.4, strategies=("full-replay",)),
+        Dimension(path="protections.0.weight", kind="float", low=0.1, high=4.0, log=True, strategies=("lora-kl",)),
     )
 
 
@@ -119,7 +118,7 @@ def made_up_sweep(per_strategy: int = 6, seed: int = 0, max_loss: float = 0.05, 
         "winner": winner,
         "full_strategy": "full",
         "search": "random search under ASHA, preset standard",
-        "budget": Amount(trials=40, gpu_hours=2.0),
+        "budget": Amount(trials=60, gpu_hours=2.0),
         "spent": Amount(
             trials=len(trials), gpu_hours=sum(t.gpu_hours for t in trials), hours=1.4,
             tokens=sum(t.tokens for t in trials),
@@ -188,6 +187,21 @@ def _between(trial: Trial, gain: float, lost: float, alpha: float | None, max_lo
         kept, trial.name, contract, strategy=trial.strategy, alpha=alpha, rung=trial.rung,
         retention=measured(kept, 0.01, 1.0), retention_mean=measured(min(1.0, kept + 0.01), 0.01, 1.0),
         kl_to_base=lost * share**2, tokens=trial.tokens, gpu_hours=trial.gpu_hours,
+        suites=_suites(here, kept, contract, max_loss),
+    )  # fmt: skip
+
+
+def _suites(gain: float, kept: float, contract: State, max_loss: float) -> tuple[Suite, ...]:
+    """A target suite from 0.1, and two retention suites from 0.9 and from 2 nats."""
+    return (
+        Suite(name="sums", role="target", metric="exact_match", unit="share", base=0.1, tuned=0.1 + gain,
+              change=measured(gain), retention=None, bound=0.2, state="kept"),
+        Suite(name="facts", role="retention", metric="exact_match", unit="share", base=0.9, tuned=0.9 * kept,
+              change=measured(0.9 * (kept - 1)), retention=measured(kept, 0.01, 1.0), bound=1 - max_loss / 0.9,
+              state=contract),
+        Suite(name="general text", role="retention", metric="cross_entropy", unit="nats per byte", base=2.0,
+              tuned=2.0, change=measured(0.0), retention=measured(1.0, 0.01, 1.0), bound=math.exp(-max_loss),
+              state="kept"),
     )  # fmt: skip
 
 
@@ -197,7 +211,8 @@ def _finalists(winners: list[Point], points: list[Point], trials: list[Trial]) -
         best.setdefault(candidate.strategy, candidate)
     by_name = {trial.name: trial for trial in trials}
     finalists, reruns = [], []
-    for chosen in list(best.values())[:5]:
+    most = max((p for p in points if p.strategy == "full" and p.alpha is None), key=lambda p: p.gain.value)
+    for chosen in [*(p for p in best.values() if p.strategy != "full"), most][:6]:
         original = by_name[chosen.trial]
         again = [original.model_copy(update={"name": f"{original.name}-seed-{seed}", "seed": seed}) for seed in (1, 2)]
         reruns += again

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +14,32 @@ import pytest
 import torch
 from jobs import losses, plan_of, rows_of, run_of, start_job, train_here, weights
 from tiny_spec import write_rows, write_tiny_spec
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen3Config,
+)
 
+from training.attention import attend_within, refusal
 from training.data.apart import expect_apart
 from training.data.batches import IGNORE, collate
 from training.data.encoding import Encoded
-from training.data.packing import efficiency, lay_out, most_rows, pack, packed_batches, row_tokens
+from training.data.packing import efficiency, most_rows, pack, packed_batches
 from training.data.prepare import Prepared
 from training.errors import TenureError
 from training.objective.objectives import Loss, Objective, TokenObjective
-from training.objective.targets import TargetLogits
+from training.objective.targets import TargetLogits, apart
 from training.objective.weighing import Weighed
+from training.plan import row_tokens
 from training.specfile import load_spec
 from training.tuning import load_base
 
@@ -68,24 +86,14 @@ def test_the_order_of_a_batch_does_not_decide_its_rows() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 40])
-def test_rows_are_dealt_out_and_found_again(count: int) -> None:
+def test_rows_are_dealt_out_in_turn(count: int) -> None:
     lengths = [len(row.ids) for row in random_rows(60)]
     rows = pack(range(60), lengths, CAPACITY)
     batches = packed_batches(range(60), lengths, CAPACITY, count)
     assert len(batches) == count
     assert sorted(index for batch in batches for index in batch) == list(range(60))
     for number, batch in enumerate(batches):
-        wanted = rows[number::count]
-        places = lay_out([lengths[index] for index in batch], CAPACITY)
-        assert len({row for row, _ in places}) <= len(wanted)
-        assert all(start + lengths[index] <= CAPACITY for (_, start), index in zip(places, batch, strict=True))
-
-
-def test_rows_that_stay_together_are_laid_out_as_they_were_packed() -> None:
-    lengths = [len(row.ids) for row in random_rows(500, seed=3)]
-    rows = pack(range(500), lengths, CAPACITY)
-    places = lay_out([lengths[index] for row in rows for index in row], CAPACITY)
-    assert [row for row, _ in places] == [number for number, row in enumerate(rows) for _ in row]
+        assert batch == [index for row in rows[number::count] for index in row]
 
 
 def test_full_rows_are_efficient() -> None:
@@ -97,64 +105,102 @@ def test_full_rows_are_efficient() -> None:
 # --------------------------------------------------------------------------------------------- what a model is fed
 
 
-def test_packed_tensors_tell_examples_apart() -> None:
+def test_tensors_end_to_end_tell_examples_apart() -> None:
     rows = [Encoded((5, 6, 7), (True, True, True)), Encoded((8, 9), (False, True)), Encoded((4, 3), (False, True))]
-    batch = collate(rows, pad_id=0, row_tokens=6)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [4, 3, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORE, 6, 7, IGNORE, 9], [IGNORE, 3, IGNORE, IGNORE, IGNORE]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
-    assert batch["examples"].tolist() == [[0, 0, 0, 1, 1], [2, 2, 0, 0, 0]]
+    batch = collate(rows, pad_id=0, end_to_end=True)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4, 3]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, 7, IGNORE, 9, IGNORE, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+    assert batch["examples"].tolist() == [[0, 0, 0, 1, 1, 2, 2]]
+    assert batch["bounds"].tolist() == [0, 3, 5, 7]
+    assert int(batch["longest"]) == 3
 
 
-def test_a_packed_batch_without_examples_is_padding_without_targets() -> None:
-    batch = collate([], pad_id=3, row_tokens=6)
+def test_a_batch_end_to_end_without_examples_is_padding_without_targets() -> None:
+    batch = collate([], pad_id=3, end_to_end=True)
     assert (batch["input_ids"] == 3).all()
     assert (batch["labels"] == IGNORE).all()
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
-def model(request: pytest.FixtureRequest, tiny_model: Path) -> Any:
-    found = load_base(tiny_model, torch.float32).eval()
-    found.set_attn_implementation(request.param)
-    return found
+SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+ARCHITECTURES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=8),
+    "gemma3": Gemma3TextConfig(
+        **SIZES, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "mistral, window": MistralConfig(**SIZES, sliding_window=5),
+    "phi3": Phi3Config(**SIZES, pad_token_id=0),
+    "gpt2, learned positions": GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
 
 
-def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def models(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """A model as transformers has it, and the same one that keeps attention within examples."""
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(ARCHITECTURES[request.param], attn_implementation="sdpa").eval()
+    within = copy.deepcopy(plain)
+    attend_within(within)
+    return plain, within
+
+
+def logits_end_to_end(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
+    """Logits (tokens, vocabulary)."""
+    batch = collate(rows, 0, end_to_end=True)
     with torch.no_grad():
-        given = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-        logits: torch.Tensor = model(**given, use_cache=False).logits
-    return logits
+        logits: torch.Tensor = model(input_ids=batch["input_ids"], **apart(batch), use_cache=False).logits
+    return logits[0]
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-def test_no_example_sees_another(model: Any, num_rows: int) -> None:
-    """What stands before an example changes nothing of it, bit for bit, in a batch of one row and of several."""
-    rows = [*random_rows(5, longest=9, seed=num_rows)] * num_rows
-    batch = collate(rows, 0, row_tokens=sum(len(row.ids) for row in rows[:5]))
-    assert batch["input_ids"].shape[0] == num_rows
-    before = logits_of(model, batch)
-    for number in range(len(rows)):
-        changed = {name: tensor.clone() for name, tensor in batch.items()}
-        own = torch.zeros_like(changed["labels"], dtype=torch.bool)
-        row, start = lay_out([len(r.ids) for r in rows], sum(len(r.ids) for r in rows[:5]))[number]
-        own[row, start : start + len(rows[number].ids)] = True
-        changed["input_ids"][own] = (changed["input_ids"][own] + 1) % 256
-        after = logits_of(model, changed)
+def test_no_example_sees_another(models: tuple[Any, Any]) -> None:
+    """What stands before or behind an example changes nothing of it, bit for bit."""
+    rows = list(random_rows(5, longest=12))
+    before = logits_end_to_end(models[1], rows)
+    bounds = collate(rows, 0, end_to_end=True)["bounds"].tolist()
+    for number, row in enumerate(rows):
+        other = replace(row, ids=tuple((token + 1) % 256 for token in row.ids))
+        after = logits_end_to_end(models[1], [*rows[:number], other, *rows[number + 1 :]])
+        own = torch.zeros(len(before), dtype=torch.bool)
+        own[bounds[number] : bounds[number + 1]] = True
         assert torch.equal(after[~own], before[~own])
         assert not torch.equal(after[own], before[own])
 
 
-def test_an_example_says_packed_what_it_says_alone(model: Any) -> None:
+def test_an_example_says_packed_what_it_says_alone_to_the_model_as_it_came(models: tuple[Any, Any]) -> None:
+    plain, within = models
     rows = random_rows(12)
-    places = lay_out([len(row.ids) for row in rows], CAPACITY)
-    packed = logits_of(model, collate(rows, 0, row_tokens=CAPACITY))
-    for row, (number, start) in zip(rows, places, strict=True):
-        alone = logits_of(model, {"input_ids": torch.tensor([row.ids])})[0]
-        assert torch.allclose(packed[number, start : start + len(row.ids)], alone, atol=1e-5)
+    packed = logits_end_to_end(within, rows)
+    with torch.no_grad():
+        alone = [plain(input_ids=torch.tensor([row.ids])).logits[0] for row in rows]
+    assert torch.allclose(packed, torch.cat(alone), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma2Config(**SIZES, head_dim=8), "Gemma2Config caps its attention scores"),
+        (MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1), None),
+        (BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2), "BloomConfig has an attention of its own"),
+        (LlamaConfig(**SIZES), None),
+    ],
+)
+def test_a_config_tells_what_cannot_be_packed(config: PretrainedConfig, reason: str | None, tmp_path: Path) -> None:
+    """Mamba's does not: the first look at the model itself does."""
+    config.save_pretrained(tmp_path)
+    assert refusal(tmp_path) == reason
 
 
 def test_an_architecture_that_carries_a_state_along_the_row_is_refused(tiny_model: Path) -> None:
-    attends = load_base(tiny_model, torch.float32)
+    attends = packing_model(tiny_model)
     expect_apart(Engine(attends), TargetLogits(attends))
     config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=2)
     carries = MambaForCausalLM(config)
@@ -163,6 +209,12 @@ def test_an_architecture_that_carries_a_state_along_the_row_is_refused(tiny_mode
 
 
 # ----------------------------------------------------------------------------------------------------- objectives
+
+
+def packing_model(folder: Path) -> Any:
+    model = load_base(folder, torch.float32).eval()
+    attend_within(model)
+    return model
 
 
 class Engine:
@@ -196,33 +248,33 @@ def of_batch(model: Any, objective: Objective, batches: list[list[int]], wanted:
 
 def test_loss_and_gradients_of_every_example_and_of_all_agree(tiny_model: Path) -> None:
     """With replayed rows and weights of rows; each example alone, beside others, and all as one global batch."""
-    model = load_base(tiny_model, torch.float32).eval()
+    model, same_model = load_base(tiny_model, torch.float32).eval(), packing_model(tiny_model)
     data = Prepared(random_rows(14), {}, 0, replay=random_rows(6, seed=9))
     draw = random.Random(5)
     weighed = Weighed(data, tuple(draw.uniform(0.1, 2.0) for _ in range(20)))
     head = TargetLogits(model)
     plain = TokenObjective(head, weighed, 0, 1.0, ())
-    packing = TokenObjective(head, weighed, 0, 1.0, (), CAPACITY)
+    packing = TokenObjective(TargetLogits(same_model), weighed, 0, 1.0, (), end_to_end=True)
     everything = list(range(20))
     for wanted in [*([index] for index in everything), everything]:
         # an example alone is a global batch whose other examples weigh nothing: they stand beside it all the same
         unpacked = of_batch(model, plain, [[index] for index in wanted], wanted)
         rows = packed_batches(wanted, data.lengths, CAPACITY, 3)
-        same = of_batch(model, packing, rows, wanted)
+        same = of_batch(same_model, packing, rows, wanted)
         assert abs(float(same[0].value - unpacked[0].value)) < 1e-5
         assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(same[1], unpacked[1], strict=True))
 
 
 def test_each_examples_gradient_in_a_full_row_is_its_own(tiny_model: Path) -> None:
     """All but one of a row's examples weigh nothing: what is left is the gradient of that one alone."""
-    model = load_base(tiny_model, torch.float32).eval()
+    model, same_model = load_base(tiny_model, torch.float32).eval(), packing_model(tiny_model)
     data = Prepared(random_rows(6, longest=10, seed=2), {}, 0)
-    head = TargetLogits(model)
+    head, same_head = TargetLogits(model), TargetLogits(same_model)
     for index in range(6):
         weights = tuple(float(other == index) for other in range(6))
-        packing = TokenObjective(head, Weighed(data, weights), 0, 1.0, (), 64)
+        packing = TokenObjective(same_head, Weighed(data, weights), 0, 1.0, (), end_to_end=True)
         alone = TokenObjective(head, Weighed(data), 0, 1.0, ())
-        whole = of_batch(model, packing, packed_batches(range(6), data.lengths, 64, 1), list(range(6)))
+        whole = of_batch(same_model, packing, packed_batches(range(6), data.lengths, 64, 1), list(range(6)))
         single = of_batch(model, alone, [[index]], [index])
         assert abs(float(whole[0].value - single[0].value)) < 1e-5
         assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(whole[1], single[1], strict=True))
@@ -288,9 +340,25 @@ def spec_with(folder: Path, model: Path, packing: Any, **keys: Any) -> Any:
     return load_spec(write_tiny_spec(folder, model, training=training, **keys))
 
 
-def test_rows_are_packed_where_it_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
-    assert row_tokens(spec_with(tmp_path, tiny_model, False)) == 0
-    assert row_tokens(spec_with(tmp_path, tiny_model, True)) == 64
+@pytest.mark.parametrize(
+    ("packing", "gpus", "tokens"), [(False, 0, 0), (True, 0, 64), ("auto", 0, 0), ("auto", 1, 64), (False, 1, 0)]
+)
+def test_rows_are_packed_where_asked_for_and_on_gpus(
+    packing: Any, gpus: int, tokens: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    spec = spec_with(tmp_path, tiny_model, packing, scaling={"gpus_per_worker": gpus})
+    assert row_tokens(spec) == tokens
+
+
+def test_what_cannot_be_packed_is_not_unless_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    gpu = {"gpus_per_worker": 1}
+    gemma = tmp_path / "gemma"
+    shutil.copytree(tiny_model, gemma)
+    Gemma2Config(**SIZES, head_dim=8).save_pretrained(gemma)
+    assert row_tokens(spec_with(tmp_path, gemma, "auto", scaling=gpu)) == 0
+    with pytest.raises(TenureError, match="Gemma2Config caps its attention scores, which cannot be packed"):
+        row_tokens(spec_with(tmp_path, gemma, True, scaling=gpu))
+    assert row_tokens(spec_with(tmp_path, tiny_model, "auto", tuning={"type": "prefix_tuning"}, scaling=gpu)) == 0
 
 
 def test_what_cannot_be_packed_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ LARGE = ModelInfo(Path("large"), "LlamaForCausalLM", 1_100_000_000, {}, 2048, 22
 
 
 def spec_of(folder: Path, **sections: Any) -> RunSpec:
-    return load_spec(write_tiny_spec(folder, folder, **sections))
+    padded = {"training": {"packing": False} | sections.pop("training", {})}
+    return load_spec(write_tiny_spec(folder, folder, **sections, **padded))
 
 
 def plan_of(

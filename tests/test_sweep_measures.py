@@ -64,6 +64,8 @@ def test_gain_and_least_retention_of_a_model() -> None:
     assert (found.contract, found.gain_unit) == ("broken", "share")
     assert [suite.name for suite in found.suites] == ["skill", "facts", "text"]
     assert found.suites[0].retention is None
+    # BY_INTERVAL asks for 0.1 and allows 0.05: of the base's 0.8, and in nats.
+    assert [suite.bound for suite in found.suites] == pytest.approx([0.1, 1 - 0.05 / 0.8, math.exp(-0.05)])
 
 
 def test_target_suites_of_another_unit_do_not_count_into_the_gain() -> None:

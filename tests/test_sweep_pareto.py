@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sweep_results import finalist, made_up_sweep, measured, point
+from sweep_results import finalist, made_up_sweep, point
 
 from sweeps.pareto import (
     best_full,
@@ -19,7 +19,7 @@ from sweeps.pareto import (
     rank,
     volume_over_time,
 )
-from sweeps.result import Point
+from sweeps.result import Finalist, Point
 
 # Few values, so that ties are common.
 numbers = st.one_of(st.integers(-2, 5).map(lambda n: n / 4), st.floats(-1, 1, allow_nan=False))
@@ -158,6 +158,8 @@ def test_nominees_are_of_several_strategies_and_one_a_trial() -> None:
     ]
     assert [p.trial for p in nominate(found, 3)] == ["a", "c", "b"]
     assert [p.trial for p in nominate(found, 9)] == ["a", "c", "b", "d"]
+    assert [p.trial for p in nominate(found, 1, full_strategy="ewc")] == ["a", "d"]
+    assert [p.trial for p in nominate(found, 1, full_strategy="full")] == ["a"]
 
 
 def test_the_best_full_tuning_is_pooled_where_it_can_be() -> None:
@@ -166,5 +168,7 @@ def test_the_best_full_tuning_is_pooled_where_it_can_be() -> None:
     assert whole is not None
     assert whole.strategy == "full"
     assert best_full(result.model_copy(update={"full_strategy": None})) is None
-    pooled = finalist(0.55, 0.7, "full-0", "broken", strategy="full", gain=measured(0.55, 0.01), trials=("full-0",))
-    assert best_full(result.model_copy(update={"finalists": (pooled,)})) == pooled
+    most = max(p.gain.value for p in result.points if p.strategy == "full")
+    assert whole.gain.value == most
+    assert len(whole.seeds if isinstance(whole, Finalist) else ()) == 3
+    assert best_full(result.model_copy(update={"finalists": ()})) in result.points

@@ -6,17 +6,18 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import numpy as np
 
 from training.data.mixture import Task, tasks_of
-from training.data.packing import looked_at, most_rows, row_tokens
+from training.data.packing import looked_at, most_rows
 from training.data.schedule import Schedule, schedule_of
 from training.data.store import Numbers
-from training.errors import Problem, TenureError
+from training.errors import Problem, TenureError, fail
 from training.models import ModelInfo
-from training.spec import RunSpec
+from training.spec import RunSpec, may_pack
 from training.strategy import (
     AnyTuning,
     Distill,
@@ -39,6 +40,7 @@ GIB = 2**30
 _ADAM_STATES = 2
 _CPU_ROWS = 8
 _GPU_ROWS = 8
+_GPU_TOKENS = 16_384  # of a micro-batch of packed rows: more make no step faster
 # Four bits a weight, and the scales of double quantisation (arXiv 2305.14314, section 3)
 _NF4_BYTES = 0.52
 _OVERHEAD_BYTES = int(1.2 * GIB)
@@ -146,9 +148,10 @@ def make_plan(
             instead = f"set training.max_length: {model.max_positions} and data.overlong"
             raise TenureError(Problem(what, "data", instead))
     replay_per_batch = count_replayed(spec)
-    packed_rows = _packed_rows(spec, counts, replay_per_batch)
-    longest = row_tokens(spec) or counts.longest
-    micro = _micro_batch_size(spec, packed_rows)
+    capacity = row_tokens(spec)
+    packed_rows = _packed_rows(spec, counts, replay_per_batch, capacity)
+    longest = capacity or counts.longest
+    micro = _micro_batch_size(spec, packed_rows, capacity)
     rows = micro * (2 if spec.objective.type == "dpo" else 1)
     trainable = count_trainable(spec.tuning, info)
     beside = frozen_memory(spec, info, teacher, rows, longest)
@@ -184,35 +187,42 @@ def make_plan(
         tasks=_planned_tasks(tasks, counts, epoch),
         memory_per_worker_bytes=memory,
         disk_bytes=estimate_disk(spec, info, trainable) + estimate_signals(spec, counts),
-        row_tokens=row_tokens(spec),
+        row_tokens=capacity,
         num_untaught=counts.num_untaught,
     )
 
 
-def _packed_rows(spec: RunSpec, counts: DataCounts, replay_per_batch: int) -> int:
+def row_tokens(spec: RunSpec) -> int:
+    """Tokens of a packed row, or 0 where examples are not packed. Where they may be, this loads torch.
+
+    Raises:
+        TenureError: they must be, and the model, or its teacher, cannot keep them apart.
+    """
+    if not may_pack(spec):
+        return 0
+    from training.attention import refusal
+
+    models = [spec.model, spec.objective.teacher] if isinstance(spec.objective, Distill) else [spec.model]
+    reason = next(filter(None, (refusal(Path(model)) for model in models)), None)
+    if reason and spec.training.packing is True:
+        raise fail(f"{reason}, which cannot be packed", "training.packing", "set training.packing: false")
+    return 0 if reason else spec.training.max_length
+
+
+def _packed_rows(spec: RunSpec, counts: DataCounts, replay_per_batch: int, capacity: int) -> int:
     """The most rows that a global batch is packed into; 0 where examples are not packed.
 
     Rows that the base has yet to write count as the longest that it may.
     """
-    if not row_tokens(spec):
+    if not capacity:
         return 0
-    from training.data.batches import Schedule
-
     assert counts.lengths is not None
     num_replay = _count_replay(spec, counts)
-    schedule = Schedule(
-        num_examples=counts.num_examples,
-        global_batch_size=spec.training.global_batch_size,
-        epochs=spec.training.epochs,
-        seed=spec.training.seed,
-        max_steps=spec.training.max_steps,
-        num_replay=num_replay,
-        replay_per_batch=replay_per_batch,
-    )
+    schedule = schedule_of(spec, counts.sizes, num_replay, replay_per_batch)
     to_come = counts.num_examples + num_replay - len(counts.lengths)
     lengths = np.concatenate([counts.lengths, np.full(to_come, counts.longest)])
     batches = (schedule.batch(step) for step in looked_at(schedule.num_steps))
-    return most_rows(batches, lengths, row_tokens(spec))
+    return most_rows(batches, lengths, capacity)
 
 
 def count_replayed(spec: RunSpec) -> int:
@@ -385,18 +395,19 @@ def estimate_disk(spec: RunSpec, info: ModelInfo, trainable: int) -> int:
     return checkpoint * (spec.training.keep_checkpoints + 1) + copies * (artifact + merged)
 
 
-def _micro_batch_size(spec: RunSpec, packed_rows: int) -> int:
+def _micro_batch_size(spec: RunSpec, packed_rows: int, capacity: int) -> int:
     """The given one, or the largest divisor of a worker's share up to a bound that suits the hardware.
 
-    Of packed rows it need not be a divisor: spare ones are empty.
+    Of packed rows it need not be a divisor, since spare ones are empty, and one row keeps a processor busy.
     """
     given = spec.training.micro_batch_size
     if given != "auto":
         return given
-    per_worker = spec.training.global_batch_size // spec.scaling.workers
-    bound = _GPU_ROWS if spec.scaling.gpus_per_worker else _CPU_ROWS
+    gpus, per_worker = spec.scaling.gpus_per_worker, spec.training.global_batch_size // spec.scaling.workers
+    bound = _GPU_ROWS if gpus else _CPU_ROWS
     if packed_rows:
-        return min(bound, -(-packed_rows // spec.scaling.workers))
+        filling = min(bound, max(1, _GPU_TOKENS // capacity)) if gpus else 1
+        return min(filling, -(-packed_rows // spec.scaling.workers))
     return max(rows for rows in range(1, min(bound, per_worker) + 1) if per_worker % rows == 0)
 
 

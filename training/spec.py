@@ -164,7 +164,7 @@ class Training(Section):
     global_batch_size: Count = 32
     micro_batch_size: Count | Literal["auto"] = "auto"
     max_length: Count = 1024
-    packing: Flag = False
+    packing: Flag | Literal["auto"] = "auto"
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: Natural = 0
     validation_items: Natural = 64
@@ -284,13 +284,9 @@ class RunSpec(Section):
     @field_validator("training")
     @classmethod
     def _can_be_packed(cls, value: Training, info: ValidationInfo) -> Training:
-        objective, tuning = info.data.get("objective"), info.data.get("tuning")
-        if value.packing and objective and objective.type == "dpo":
-            what = "the two answers of a pair are compared, so they have to stand in rows of their own"
-            raise fault(what, "set packing: false", ("packing",))
-        if value.packing and tuning and tuning.type in (*PROMPT_METHODS, "adaption_prompt"):
-            what = f"{tuning.type} sets its prompt before every row, where packed examples would share it"
-            raise fault(what, "set packing: false", ("packing",))
+        reason = _unpackable(info.data.get("objective"), info.data.get("tuning"))
+        if value.packing is True and reason:
+            raise fault(reason, "set packing: false", ("packing",))
         return value
 
     @field_validator("training")
@@ -328,3 +324,18 @@ class RunSpec(Section):
             if reason:
                 raise fault(f"{tuning.type} cannot be merged: {reason}", "remove merged: true", ("merged",))
         return value
+
+
+def may_pack(spec: RunSpec) -> bool:
+    """Whether examples are packed if the model can keep them apart: `auto` means on GPUs."""
+    wanted = spec.scaling.gpus_per_worker > 0 if spec.training.packing == "auto" else spec.training.packing
+    return wanted and _unpackable(spec.objective, spec.tuning) is None
+
+
+def _unpackable(objective: Objective | None, tuning: Tuning | None) -> str | None:
+    """Why no model could learn packed examples so."""
+    if objective and objective.type == "dpo":
+        return "the two answers of a pair are compared, so they have to stand in rows of their own"
+    if tuning and tuning.type in (*PROMPT_METHODS, "adaption_prompt"):
+        return f"{tuning.type} sets its prompt before every row, where packed examples would share it"
+    return None

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from training import checkpoint, export, tuning
 from training import engine as engines
+from training.attention import attend_within
 from training.data.apart import expect_apart
-from training.data.batches import collate, micro_batches, share
+from training.data.batches import collate, micro_batches, share, to_device
 from training.data.encoding import Encoded, load_tokenizer
 from training.data.mixture import tasks_of
 from training.data.packing import packed_batches
@@ -98,7 +99,10 @@ class Trainer:
         weighed = weigh(load_prepared(Path(job.prepared)), spec, job.aids)
         tokenizer = load_tokenizer(Path(spec.model))
         dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
-        model = tuning.apply_tuning(load(spec.tuning, Path(spec.model), dtype), spec.tuning)
+        base = load(spec.tuning, Path(spec.model), dtype)
+        if plan.row_tokens:
+            attend_within(base)
+        model = tuning.apply_tuning(base, spec.tuning)
         _expect_trainable(model, plan)
         initial = tuning.initial_products(model, spec.tuning)
         optimizer = engines.build_optimizer(model, spec)
@@ -108,7 +112,7 @@ class Trainer:
         layout = Layout.of_engine(engine)
         unclip = engines.unclipping(engine, spec.training.max_grad_norm)
         pad_id = tokenizer.pad_token_id
-        objective = make_objective(spec, model, weighed, job.aids, pad_id, engine.device)
+        objective = make_objective(spec, model, weighed, job.aids, pad_id, engine.device, plan.row_tokens > 0)
         trainer = cls(
             spec=spec,
             plan=plan,
@@ -241,8 +245,8 @@ class Trainer:
         return micro_batches(indices, self.data.lengths, self.plan.micro_batch_size, count)
 
     def _loss_sum(self, examples: Sequence[Encoded]) -> torch.Tensor:
-        batch = collate(examples, self.tokenizer.pad_token_id)
-        return self.objective.head.sum(self.engine, {key: value.to(self.engine.device) for key, value in batch.items()})
+        batch = collate(examples, self.tokenizer.pad_token_id, self.plan.row_tokens > 0)
+        return self.objective.head.sum(self.engine, to_device(batch, self.engine.device))
 
     def _log_step(
         self, figures: list[float], rate: float, indices: list[int], num_targets: int, seconds: float

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional
 
 from training.data.encoding import Encoded
-from training.data.packing import lay_out
 from training.data.schedule import Schedule
 from training.data.store import Numbers
 
-__all__ = ["IGNORE", "Schedule", "collate", "micro_batches", "share"]
+__all__ = ["IGNORE", "Schedule", "collate", "laid_out", "micro_batches", "share", "to_device"]
 
 IGNORE = -100
 
@@ -34,16 +34,16 @@ def share(batches: list[list[int]], rank: int, workers: int) -> list[list[int]]:
     return batches[rank::workers]
 
 
-def collate(examples: Sequence[Encoded], pad_id: int, row_tokens: int = 0) -> dict[str, torch.Tensor]:
-    """Right-padded tensors, each (examples, longest): input_ids and labels. With row_tokens, packed() ones.
+def collate(examples: Sequence[Encoded], pad_id: int, end_to_end: bool = False) -> dict[str, torch.Tensor]:
+    """Right-padded tensors, each (examples, longest): input_ids and labels. With end_to_end, those of laid_out().
 
     What follows a row cannot be seen from it under causal attention, so no attention mask is needed and the
     fastest attention kernels apply. A micro-batch without examples becomes one row of padding without targets:
     every worker takes every step.
     """
     rows = list(examples) or [Encoded((pad_id, pad_id), (False, False))]
-    if row_tokens:
-        return packed(rows, pad_id, row_tokens)
+    if end_to_end:
+        return laid_out(rows)
     longest = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), longest), pad_id)
     labels = torch.full((len(rows), longest), IGNORE)
@@ -54,25 +54,29 @@ def collate(examples: Sequence[Encoded], pad_id: int, row_tokens: int = 0) -> di
     return {"input_ids": ids, "labels": labels}
 
 
-def packed(examples: Sequence[Encoded], pad_id: int, row_tokens: int) -> dict[str, torch.Tensor]:
-    """Examples side by side in rows of at most row_tokens, right-padded tensors (rows, longest).
+def laid_out(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """Examples end to end in one row, tensors (1, tokens): see training/attention.py.
 
     input_ids; labels, of which the first of an example is none, since what stands before is another's; position_ids,
-    which start anew with every example, and by which attention is kept inside it; examples, the number of each
-    token's (the padding counts as the first's: it has no targets).
+    which start anew with every example; examples, the number of each token's. And of the examples, in int32: bounds
+    (examples + 1,), where each begins and the last ends, and longest (), which stays in the processor's memory.
     """
-    lengths = [len(example.ids) for example in examples]
-    places = lay_out(lengths, row_tokens)
-    longest = max(start + length for (_, start), length in zip(places, lengths, strict=True))
-    shape = (places[-1][0] + 1, longest)
-    ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
-    numbers, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    for number, (example, (row, start)) in enumerate(zip(examples, places, strict=True)):
-        end = start + len(example.ids)
-        tokens, targets = torch.tensor(example.ids), torch.tensor(example.is_target)
-        ids[row, start:end] = tokens
-        labels[row, start + 1 : end] = torch.where(targets, tokens, IGNORE)[1:]
-        numbers[row, start:end] = number
-        positions[row, start:end] = torch.arange(end - start)
-        positions[row, end:] = torch.arange(longest - end)  # as padding, unless another example follows
-    return {"input_ids": ids, "labels": labels, "position_ids": positions, "examples": numbers}
+    lengths = torch.tensor([len(example.ids) for example in examples])
+    ids = torch.tensor([token for example in examples for token in example.ids])
+    is_target = torch.tensor([target for example in examples for target in example.is_target])
+    starts = lengths.cumsum(0) - lengths
+    is_target[starts] = False
+    numbers = torch.repeat_interleave(torch.arange(len(examples)), lengths)
+    return {
+        "input_ids": ids[None],
+        "labels": torch.where(is_target, ids, IGNORE)[None],
+        "position_ids": (torch.arange(len(ids)) - starts[numbers])[None],
+        "examples": numbers[None],
+        "bounds": functional.pad(lengths.cumsum(0), (1, 0)).int(),
+        "longest": lengths.max().int(),
+    }
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch on a device, less what is read before the device computes."""
+    return {name: tensor if name == "longest" else tensor.to(device) for name, tensor in batch.items()}

@@ -6,15 +6,9 @@ import bisect
 from collections.abc import Iterable, Sequence
 
 from training.data.store import Numbers
-from training.spec import RunSpec
 
 # A plan looks at no more batches than this; a fuller one than any of them makes its micro-batches larger.
 BATCHES_LOOKED_AT = 2000
-
-
-def row_tokens(spec: RunSpec) -> int:
-    """Tokens of a packed row, or 0 where examples are not packed."""
-    return spec.training.max_length if spec.training.packing else 0
 
 
 def pack(indices: Iterable[int], lengths: Sequence[int] | Numbers, capacity: int) -> list[list[int]]:
@@ -42,26 +36,10 @@ def packed_batches(
     """A global batch as `count` micro-batches of packed rows, each the examples of its rows one after the other.
 
     Rows are dealt out in turn, the fullest first, so that workers have as much to do as each other; spare micro-batches
-    are empty. lay_out() finds the rows again.
+    are empty.
     """
     rows = pack(indices, lengths, capacity)
     return [[index for row in rows[start::count] for index in row] for start in range(count)]
-
-
-def lay_out(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
-    """Where examples that stand one after the other go: (row, first token) of each.
-
-    The next row begins with the example that has no room left. No packed row is cut by that, since best fit opens a row
-    with an example for which no other had room.
-    """
-    places: list[tuple[int, int]] = []
-    row, filled = 0, 0
-    for length in lengths:
-        if filled and filled + length > capacity:
-            row, filled = row + 1, 0
-        places.append((row, filled))
-        filled += length
-    return places
 
 
 def most_rows(batches: Iterable[Sequence[int]], lengths: Sequence[int] | Numbers, capacity: int) -> int:

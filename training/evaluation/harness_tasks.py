@@ -113,11 +113,12 @@ def score_task(suite: Harness, language_model: HarnessModel) -> list[Answered]:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    from training.evaluation.harness import CPU_ROWS, GPU_ROWS
+
     task = load_task(suite)
     name = score_of(suite, task)
-    plain = HFLM(
-        pretrained=language_model.model, tokenizer=language_model.tokenizer, batch_size=language_model.batch_size
-    )
+    rows = GPU_ROWS if language_model.device.type == "cuda" else CPU_ROWS
+    plain = HFLM(pretrained=language_model.model, tokenizer=language_model.tokenizer, batch_size=rows)
     results = evaluate(
         plain,
         {"tasks": {task.task_name: task}, "groups": {}, "group_map": {}},

@@ -69,19 +69,19 @@ def knowledge(workspace: Workspace) -> tuple[FileSuite, ...]:
 
 def _physical(source: Path) -> Items:
     """PIQA's validation set, prompted as lm-evaluation-harness does."""
-    yield from _choices(source / "PIQA" / "validation.jsonl", "Question: {}\nAnswer:")
+    yield from lettered_choices(source / "PIQA" / "validation.jsonl", "Question: {}\nAnswer:")
 
 
 def _commonsense(source: Path) -> Items:
-    yield from _choices(source / "CommonsenseQA" / "validation.jsonl", "Question: {}\nAnswer:")
+    yield from lettered_choices(source / "CommonsenseQA" / "validation.jsonl", "Question: {}\nAnswer:")
 
 
 def _science(source: Path) -> Items:
     """OpenBookQA's questions, many of which are sentences that the answer ends."""
-    yield from _choices(source / "OpenBookQA" / "test.jsonl", "{}")
+    yield from lettered_choices(source / "OpenBookQA" / "test.jsonl", "{}")
 
 
-def _choices(path: Path, form: str) -> Items:
+def lettered_choices(path: Path, form: str) -> Items:
     """Items of a file with lettered options, as whole answers without letters; those that are alike are left out."""
     for _, row in read_rows(path):
         options = {letter: text.strip() for letter, text in _OPTION.findall(row["options"])}

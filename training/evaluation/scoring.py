@@ -174,7 +174,6 @@ def _load(job: ScoreJob) -> HarnessModel:
         peft=job.artifact if job.is_adapter else None,
         dtype=scoring_precision(int(gpu)),
         device="cuda" if gpu else "cpu",
-        batch_size=64 if gpu else 16,
         trust_remote_code=False,
     )
 

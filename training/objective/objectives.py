@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from training.data.batches import IGNORE, collate
+from training.attention import attend_within
+from training.data.batches import IGNORE, collate, to_device
 from training.data.encoding import Encoded
-from training.data.packing import row_tokens
 from training.data.store import targets_of
 from training.models import read_model_info
 from training.objective.divergence import Compare, Outcomes, divergence, forward_kl
@@ -167,8 +167,8 @@ class Divergence:
 class TokenObjective:
     """A mean over the target tokens of the global batch: cross-entropy and divergences from frozen models.
 
-    With weights w of the rows it is sum(w * loss) / sum(w), over target tokens. Examples are packed into rows of
-    `row_tokens`, or, where that is 0, have one each.
+    With weights w of the rows it is sum(w * loss) / sum(w), over target tokens. Examples have a row each, or are
+    laid `end_to_end`.
     """
 
     def __init__(
@@ -178,12 +178,12 @@ class TokenObjective:
         pad_id: int,
         cross_entropy: float,
         terms: Sequence[Divergence],
-        row_tokens: int = 0,
+        end_to_end: bool = False,
     ) -> None:
         self.head = head
         self._rows, self._weights = weighed.data.sequences, weighed.weights
         self._num_targets = targets_of(self._rows)
-        self._pad_id, self._row_tokens = pad_id, row_tokens
+        self._pad_id, self._end_to_end = pad_id, end_to_end
         self._cross_entropy = cross_entropy
         self._terms = tuple(terms)
         self.names = ("cross_entropy", *(term.name for term in terms)) if terms else ()
@@ -203,7 +203,7 @@ class TokenObjective:
 
     def loss(self, engine: Any, indices: Sequence[int], totals: Totals) -> Loss:
         """The share of the examples `indices` in the loss and in the mean of each term."""
-        batch = _on_device([self._rows[index] for index in indices], self._pad_id, engine, self._row_tokens)
+        batch = _on_device([self._rows[index] for index in indices], self._pad_id, engine, self._end_to_end)
         outcomes = [term.frozen.outcomes(engine, batch, indices) for term in self._terms]
         targets = self.head.targets(engine, batch)
         if targets.is_empty:
@@ -231,8 +231,8 @@ def _nothing(targets: Targets, names: Sequence[str], num_examples: int) -> Loss:
     return Loss(nothing, dict.fromkeys(names, nothing.detach()), zeros)
 
 
-def _on_device(rows: Sequence[Encoded], pad_id: int, engine: Any, row_tokens: int = 0) -> Batch:
-    return {key: value.to(engine.device) for key, value in collate(rows, pad_id, row_tokens).items()}
+def _on_device(rows: Sequence[Encoded], pad_id: int, engine: Any, end_to_end: bool = False) -> Batch:
+    return to_device(collate(rows, pad_id, end_to_end), engine.device)
 
 
 # ------------------------------------------------------------------------------------------------------ pairs
@@ -310,13 +310,20 @@ def _cached_reference(signals: Signals) -> Reference:
 
 
 def make_objective(
-    spec: RunSpec, model: Any, weighed: Weighed, aids: dict[str, str], pad_id: int, device: torch.device
+    spec: RunSpec,
+    model: Any,
+    weighed: Weighed,
+    aids: dict[str, str],
+    pad_id: int,
+    device: torch.device,
+    end_to_end: bool = False,
 ) -> Objective:
     """The objective of a spec, with the frozen models that it and the protections compare with.
 
     Args:
         model: the model inside the engine.
         aids: the paths of what was computed once before the run.
+        end_to_end: whether examples are laid end to end, which the model knows of.
     """
     head = TargetLogits(model)
     if isinstance(spec.objective, Dpo):
@@ -327,15 +334,20 @@ def make_objective(
     share = 1.0
     if isinstance(spec.objective, Distill):
         share = 1 - spec.objective.weight
-        terms.append(_distillation(spec, spec.objective, weighed, aids, device))
+        terms.append(_distillation(spec, spec.objective, weighed, aids, device, end_to_end))
     for protection in spec.protections:
         if isinstance(protection, Kl):
             terms.append(_kl_to_base(spec, protection, head, weighed, aids))
-    return TokenObjective(head, weighed, pad_id, share, terms, row_tokens(spec))
+    return TokenObjective(head, weighed, pad_id, share, terms, end_to_end)
 
 
 def _distillation(
-    spec: RunSpec, distill: Distill, weighed: Weighed, aids: dict[str, str], device: torch.device
+    spec: RunSpec,
+    distill: Distill,
+    weighed: Weighed,
+    aids: dict[str, str],
+    device: torch.device,
+    end_to_end: bool,
 ) -> Divergence:
     size = min(_vocabulary_of(spec.model), _vocabulary_of(distill.teacher))
     frozen: Frozen
@@ -343,7 +355,10 @@ def _distillation(
         frozen = Cached(Signals(Path(aids["teacher"]), weighed.kept))
     else:
         dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
-        frozen = Teacher(load_base(Path(distill.teacher), dtype).to(device), size, distill.temperature)
+        teacher = load_base(Path(distill.teacher), dtype)
+        if end_to_end:
+            attend_within(teacher)
+        frozen = Teacher(teacher.to(device), size, distill.temperature)
     return Divergence(
         name="divergence",
         factor=distill.weight,

@@ -22,7 +22,7 @@ class Targets:
     Attributes:
         logits: (targets, vocabulary); one row without meaning when the batch has no targets.
         ids: (targets,) the tokens that follow.
-        rows: (targets,) the example that each belongs to: the batch's row, or in packed rows its number.
+        rows: (targets,) the example that each belongs to: the batch's row, or the number of one laid end to end.
     """
 
     logits: torch.Tensor
@@ -42,6 +42,27 @@ class Targets:
         return functional.cross_entropy(self.logits.float(), self.ids, reduction="none")
 
 
+def hidden_at(inputs: tuple[torch.Tensor, ...], length: int, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What an output head is given, its hidden states (rows, length, size) cut to (positions, size)."""
+    hidden, *rest = inputs
+    rows = hidden[:, -length:]  # a soft prompt's virtual tokens stand before every row
+    return (rows.flatten(0, 1)[index], *rest)
+
+
+def apart(batch: Batch) -> dict[str, Any]:
+    """What tells a model where examples begin that are laid end to end, under the names that transformers uses."""
+    if "bounds" not in batch:
+        return {}
+    bounds, longest = batch["bounds"], int(batch["longest"])
+    return {
+        "position_ids": batch["position_ids"],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 class TargetLogits:
     """Runs a causal language model with logits at target positions alone.
 
@@ -58,9 +79,7 @@ class TargetLogits:
     def _select(self, head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         if not self._selects:
             return inputs
-        hidden, *rest = inputs
-        rows = hidden[:, -self._length :]  # a soft prompt's virtual tokens stand before every row
-        return (rows.flatten(0, 1)[self._index], *rest)
+        return hidden_at(inputs, self._length, self._index)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -81,8 +100,7 @@ class TargetLogits:
         found = (following != IGNORE).nonzero().squeeze(1)
         self._length = labels.shape[1]
         self._index = found if found.numel() else labels.new_zeros(1)
-        positions = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
-        logits = model(input_ids=batch["input_ids"], **positions, use_cache=False).logits
+        logits = model(input_ids=batch["input_ids"], **apart(batch), use_cache=False).logits
         rows = batch["examples"].flatten()[found] if "examples" in batch else found // labels.shape[1]
         return Targets(logits, following[found], rows)
 
