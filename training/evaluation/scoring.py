@@ -134,8 +134,7 @@ def held_model(model: Any, base: Path) -> HarnessModel:
     """A model that is in memory already, as the harness wants it; `base` gives the tokenizer."""
     from training.evaluation.harness import HarnessModel
 
-    size = 64 if model.device.type == "cuda" else 16
-    return HarnessModel(pretrained=model, tokenizer=load_tokenizer(base), batch_size=size)
+    return HarnessModel(pretrained=model, tokenizer=load_tokenizer(base))
 
 
 @contextmanager
