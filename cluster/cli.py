@@ -185,11 +185,13 @@ def runs(context: click.Context) -> None:
 
 @cli.command()
 @RUN
-@click.option("--json", "as_json", is_flag=True, help="Print the scorecard as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the scorecard, or a sweep's result, as JSON.")
+@click.option("--price", type=click.FloatRange(min=0), help="Of a sweep: what a GPU hour costs, to price every point.")
 @click.pass_context
-def report(context: click.Context, run: str, as_json: bool) -> None:
-    """Show what RUN, or a sequence, gained and what it forgot, and where its HTML report is."""
+def report(context: click.Context, run: str, as_json: bool, price: float | None) -> None:
+    """Show what RUN, a sequence or a sweep gained and what it forgot, and where its HTML report is."""
     from cluster.screen import make_screen
+    from cluster.sweep_report import is_sweep_id, report_sweep
     from training.evaluation.scorecard import read_scorecard
     from training.reporting.report import print_scorecard, write_report
     from training.sequences.folder import is_sequence_id
@@ -198,6 +200,9 @@ def report(context: click.Context, run: str, as_json: bool) -> None:
         from cluster.sequence import report_sequence
 
         report_sequence(run, context.obj, as_json=as_json)
+        return
+    if is_sweep_id(context.obj, run):
+        report_sweep(run, context.obj, as_json=as_json, price=price)
         return
     folder = context.obj.run(run)
     scorecard = read_scorecard(folder.scorecard)
