@@ -14,15 +14,20 @@ from cluster.screen import make_screen
 from sweeps import driver
 from sweeps.folder import SweepFolder, find_sweep
 from sweeps.loading import load_sweep
-from sweeps.pareto import pareto_front
+from sweeps.preparing import plan_strategies
+from sweeps.price_report import print_price
+from sweeps.pricing import price_of
+from sweeps.report import print_sweep
 from sweeps.result import SweepResult, read_result
 from sweeps.spec import SweepSpec
 from training.errors import TenureError, fail
 from training.evaluation.presets import add_presets
 from training.evaluation.scorecard import read_scorecard
 from training.lineage import find_base, inherit_suites
+from training.models import hash_folder
 from training.spec import RunSpec
-from training.workspace import Workspace, write_json
+from training.strategy import Wise
+from training.workspace import RunFolder, Workspace, write_json
 
 
 def read_sweep(path: Path, workspace: Workspace) -> tuple[SweepSpec, list[str]]:
@@ -64,26 +69,26 @@ def _finish(
     except TenureError:
         console.print(f"the sweep stopped; {again}")
         raise
-    tell(result, folder, console)
+    console.print()
+    print_sweep(console, result)
+    console.print(f"report   {folder.report}\nresult   {folder.result}")
+    if result.winner is not None:
+        console.print(f"winner   {folder.winner}\nregister it with: tenure promote {folder.id}")
     return result
 
 
-def tell(result: SweepResult, folder: SweepFolder, console: Console) -> None:
-    """What came of a sweep, in a few lines."""
-    console.print()
-    for point in pareto_front(result.points):
-        alpha = "" if point.alpha is None else f" at alpha {point.alpha:g}"
-        console.print(
-            f"front   {point.strategy + alpha:<28} gain {point.gain.value:+.4f}  retention {point.retention.value:.4f}"
-            f"  {point.contract}"
-        )
-    for note in result.notes:
+def plan_sweep(path: Path, workspace: Workspace, gpu_hour: float | None) -> None:
+    """What the sweep of a file will take; nothing is run.
+
+    Args:
+        gpu_hour: what a GPU hour costs.
+    """
+    sweep, notes = read_sweep(path, workspace)
+    console = make_screen()
+    tokens = plan_strategies(sweep, workspace)
+    for note in notes:
         console.print(f"[yellow]note[/] {note}")
-    if result.winner is not None and result.winner.test is not None:
-        won, test = result.winner, result.winner.test
-        console.print(f"winner  {won.strategy} ({won.trial}): {won.reason}")
-        console.print(f"on test gain {test.gain.value:+.4f}  retention {test.retention.value:.4f}  {test.contract}")
-    console.print(f"result  {folder.result}")
+    print_price(console, price_of(sweep, tokens, workspace), gpu_hour)
 
 
 def promote_sweep(name: str, workspace: Workspace) -> None:
@@ -103,10 +108,29 @@ def promote_sweep(name: str, workspace: Workspace) -> None:
         raise fail(f"sweep '{name}' has no winner: {reason}", str(folder.result), "widen its space, or its contract")
     run = workspace.run(result.winner.run)
     if result.winner.alpha is not None:
-        what = f"the winner lies at alpha {result.winner.alpha:g} between its base and {run.id}"
-        raise fail(what, str(folder.result), f"save its spec from {folder.path / 'winner.yaml'}, and tenure train it")
+        settle_on(run, result.winner.alpha)
     card = read_scorecard(run.scorecard)
     registered_artifact(run, card)
     registered = register(workspace, run, pipeline.spec_of(run), card)
     write_json(run.registration, asdict(registered))
     make_screen().print(f"registered {registered.name} version {registered.version} from run {run.id}")
+
+
+def settle_on(run: RunFolder, alpha: float) -> None:
+    """Make what lies at alpha between a trial's base and its artifact the run's artifact, as the protection wise does.
+
+    The run's spec gets the protection, so that spec, artifact and scorecard go on to agree.
+    """
+    from sweeps.trial import card_file
+    from training.interpolate import interpolate
+
+    if run.tuned.is_dir():
+        return
+    spec = pipeline.spec_of(run)
+    made = interpolate(Path(spec.model), run.artifact, alpha, run.path / "chosen")
+    card = read_scorecard(card_file(run, alpha)).model_copy(update={"artifact_hash": hash_folder(made)})
+    run.artifact.rename(run.tuned)
+    made.rename(run.artifact)
+    wise = spec.model_copy(update={"protections": (*spec.protections, Wise(alpha=alpha))})
+    write_json(run.spec, wise.model_dump(mode="json"))
+    write_json(run.scorecard, card.model_dump(mode="json"))

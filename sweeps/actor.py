@@ -22,7 +22,7 @@ from training.spec import RunSpec
 WORST = -1e9
 
 
-class TrialActor(Trainable):
+class TrialActor(Trainable):  # type: ignore[misc]
     """One rung a step. A trial's failure is its record's, and the process goes on with the next one."""
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -50,10 +50,12 @@ class TrialActor(Trainable):
         job = dict(config["job"])
         self.last = amounts(self.bench.sweep).rungs - 1
         self.rung = self.last if job.pop("whole", False) else 0
-        self.job, self.trial, self.micro = TrialJob(**job), None, None
+        self.job = TrialJob(**job)
+        self.trial: TrialRun | None = None
+        self.micro: int | None = None
 
     def _close(self) -> None:
-        trial: TrialRun | None = self.trial
+        trial = self.trial
         if trial is not None:
             trial.close()
         self.trial = None
@@ -80,7 +82,9 @@ class TrialActor(Trainable):
         done = rung == self.last
         lost = None if done else hopeless(trial.spec, self.bench.sweep, measures)
         if lost:
-            self.bench.folder.write(Record(trial=trial.trial("stopped", rung, lost), timings=trial.timings))
+            told = trial.trial("stopped", rung, lost)
+            self.bench.folder.write(Record(trial=told, timings=trial.timings))
+            trial.track(told)
         return self._told(rung, measures, trial, done or bool(lost))
 
     def _told(self, rung: int, measures: Measures, trial: TrialRun, done: bool) -> dict[str, Any]:
@@ -99,7 +103,7 @@ class TrialActor(Trainable):
 
     def _smaller(self, error: Exception) -> bool:
         """Whether the trial is tried again with half the micro-batch, as is worth it when memory ran out."""
-        trial: TrialRun | None = self.trial
+        trial = self.trial
         if trial is None or not is_out_of_memory(error) or trial.attempts >= MOST_ATTEMPTS:
             return False
         size = trial.plan.micro_batch_size
@@ -110,13 +114,13 @@ class TrialActor(Trainable):
         return True
 
     def _failed(self, error: Exception) -> dict[str, Any]:
-        trial: TrialRun | None = self.trial
+        trial = self.trial
         cause = cause_of(error)
         print(f"{self.job.name}: {cause}", flush=True)
         told = trial.trial("failed", self.rung, cause) if trial else self._never_begun(cause)
         self.bench.folder.write(Record(trial=told, timings=trial.timings if trial else {}))
         if trial:
-            trial.fail(cause)
+            trial.track(told)
         self._close()
         amount = {"tokens": told.tokens, "gpu_hours": told.gpu_hours}
         worst = {"gain": WORST, "retention": 0.0, "score": WORST, "kept": False}

@@ -50,8 +50,10 @@ class Bench:
     def load(self, tuning_: AnyTuning, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
         """A base to tune: a copy of the one in memory, read from disk for the first trial alone."""
         if isinstance(tuning_, Lora) and tuning_.bits:
-            return tuning.load_base_for(tuning_, folder, dtype)
-        return copy.deepcopy(self.pristine(folder, dtype))
+            fresh: torch.nn.Module = tuning.load_base_for(tuning_, folder, dtype)
+            return fresh
+        model: torch.nn.Module = copy.deepcopy(self.pristine(folder, dtype))
+        return model
 
     def pristine(self, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
         """The base's own weights on the CPU, which nobody changes."""
@@ -100,7 +102,7 @@ class Bench:
         if is_adapter(spec.tuning):
             from peft import PeftModel
 
-            model: Any = PeftModel.from_pretrained(copy.deepcopy(base), artifact)  # type: ignore[arg-type]
+            model: Any = PeftModel.from_pretrained(copy.deepcopy(base), artifact)
         else:
             model = tuning.load_base(artifact, dtype)
         model = model.to("cuda" if gpu else "cpu").eval()

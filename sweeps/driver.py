@@ -15,9 +15,12 @@ from sweeps.folder import SweepFolder, find_sweep, new_folder
 from sweeps.gather import gather
 from sweeps.preparing import plan_strategies, settle, share
 from sweeps.presets import amounts, strategies
+from sweeps.pricing import resources
+from sweeps.report import write_sweep_report
 from sweeps.result import SweepResult, write_result
 from sweeps.space import Setting, draw, settings
 from sweeps.spec import SweepSpec
+from sweeps.tracking import log_sweep
 from sweeps.trial import TrialJob
 from sweeps.watch import Budgeted, Watch, spent
 from training.errors import fail
@@ -79,8 +82,19 @@ def carry_on(folder: SweepFolder, workspace: Workspace, console: Console) -> Swe
         result = gather(sweep, folder, notes)
         write_result(folder.result, result)
         result = finish(sweep, folder, workspace, result, console)
-        write_result(folder.result, result)
+        _publish(folder, workspace, result)
     return result
+
+
+def _publish(folder: SweepFolder, workspace: Workspace, result: SweepResult) -> None:
+    """The result, its page, the winner's spec, and all of it in the tracking store."""
+    write_result(folder.result, result)
+    write_sweep_report(folder.report, result)
+    if result.winner is not None:
+        write_text(folder.winner, result.winner.spec_yaml)
+    tracking_id = folder.read_shared().mlflow_run
+    if tracking_id is not None:
+        log_sweep(workspace, tracking_id, result, (folder.result, folder.report, folder.winner))
 
 
 def known_settings(sweep: SweepSpec) -> list[Setting]:
@@ -212,13 +226,6 @@ def _scheduler(sweep: SweepSpec) -> Any:
         reduction_factor=sweep.reduction,
         stop_last_trials=False,
     )
-
-
-def resources(sweep: SweepSpec) -> dict[str, float]:
-    """What one trial claims of the cluster."""
-    scaling = sweep.run.scaling
-    gpus = scaling.gpus_per_worker / sweep.trials_per_gpu
-    return {"CPU": float(scaling.cpus_per_worker), **({"GPU": gpus} if gpus else {})}
 
 
 def _tune(

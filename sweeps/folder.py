@@ -77,6 +77,11 @@ class SweepFolder:
         return self.path / "report.html"
 
     @property
+    def winner(self) -> Path:
+        """The run spec that makes the winner again."""
+        return self.path / "winner.yaml"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

@@ -34,7 +34,7 @@ from training.plan import Plan
 from training.spec import RunSpec
 from training.strategy import Ewc, Si, Wise
 from training.worker import Job, Trainer, make_job, make_schedule
-from training.workspace import RunFolder, write_json, write_text
+from training.workspace import RunFolder, Workspace, write_json, write_text
 
 MOST_ATTEMPTS = 3
 
@@ -128,9 +128,10 @@ class TrialRun:
             cards = self._score_artifact()
         measures = measure(cards[None])
         self._note(rung, measures)
+        points = tuple(self._point(alpha, rung, card) for alpha, card in cards.items())
         with self._timed("tracking"), self._told():
             self._track(cards[None])
-        points = tuple(self._point(alpha, rung, card) for alpha, card in cards.items())
+            self.track(self.trial("finished", rung), points)
         self.bench.folder.write(Record(trial=self.trial("finished", rung), points=points, timings=self.timings))
         return measures
 
@@ -223,11 +224,12 @@ class TrialRun:
             run=self.run.id,
         )
 
-    def fail(self, cause: str) -> None:
-        """Close the run in the tracking store as failed."""
-        from training.tracking import fail_tracking, tracking_id_of
+    def track(self, trial: Trial, points: tuple[Point, ...] = ()) -> None:
+        """Log what the trial came to to its own run of the tracking store, and close that."""
+        from sweeps.tracking import log_trial
+        from training.tracking import tracking_id_of
 
-        fail_tracking(self.bench.workspace, tracking_id_of(self.run), cause)
+        log_trial(self.bench.workspace, tracking_id_of(self.run), trial, points)
 
     def close(self) -> None:
         """Give the engine's memory back."""
@@ -270,7 +272,8 @@ def forget(bench: Bench, run: RunFolder) -> None:
 def steps_of(rung: int, bench: Bench, steps: int) -> int:
     """The step that a rung ends at: rungs grow by the reduction factor, and the last one is the whole run."""
     rungs = amounts(bench.sweep).rungs
-    return max(1, -(-steps // bench.sweep.reduction ** (rungs - 1 - rung)))
+    share: int = bench.sweep.reduction ** (rungs - 1 - rung)
+    return max(1, -(-steps // share))
 
 
 # --------------------------------------------------------------------------------------------- equal tokens
@@ -281,7 +284,7 @@ def settled(bench: Bench, job: TrialJob, micro: int | None = None) -> tuple[RunS
     spec = trial_spec(bench, job)
     if micro is not None:
         spec = spec.model_copy(update={"training": spec.training.model_copy(update={"micro_batch_size": micro})})
-    return settle(spec, bench.shared.tokens_per_trial, bench)
+    return settle(spec, bench.shared.tokens_per_trial, bench.workspace)
 
 
 def trial_spec(bench: Bench, job: TrialJob) -> RunSpec:
@@ -290,16 +293,16 @@ def trial_spec(bench: Bench, job: TrialJob) -> RunSpec:
     return run_spec(bench.sweep, setting, name=bench.folder.id, seed=job.seed, suites=bench.shared.validation)
 
 
-def settle(spec: RunSpec, tokens: int, bench: Bench) -> tuple[RunSpec, Plan, Path]:
+def settle(spec: RunSpec, tokens: int, workspace: Workspace) -> tuple[RunSpec, Plan, Path]:
     """The spec with the steps that train on so many tokens; it is planned twice, since steps decide the plan."""
-    prepared = ready_data(spec, bench.workspace, Console(quiet=True))
-    plan, _ = plan_run(spec, bench.workspace)
+    prepared = ready_data(spec, workspace, Console(quiet=True))
+    plan, _ = plan_run(spec, workspace)
     data = load_prepared(prepared)
     steps = steps_for(spec, plan, data, tokens)
     epochs = -(-steps // plan.steps_per_epoch)
     training = spec.training.model_copy(update={"max_steps": steps, "epochs": epochs})
     spec = spec.model_copy(update={"training": training})
-    return spec, plan_run(spec, bench.workspace)[0], prepared
+    return spec, plan_run(spec, workspace)[0], prepared
 
 
 def steps_for(spec: RunSpec, plan: Plan, data: Prepared, tokens: int) -> int:

@@ -11,8 +11,9 @@ from rich.console import Console
 from sweeps.folder import Record, SweepFolder
 from sweeps.result import Amount, Trial
 from sweeps.spec import SweepSpec
+from sweeps.tracking import log_trial
 from training.errors import TenureError, fail
-from training.tracking import fail_tracking, tracking_id_of
+from training.tracking import tracking_id_of
 from training.workspace import Workspace, read_json
 
 
@@ -48,7 +49,7 @@ def over(sweep: SweepSpec, used: Amount) -> str | None:
     return None
 
 
-class Budgeted(Stopper):
+class Budgeted(Stopper):  # type: ignore[misc]
     """Ends the search when a bound of the budget is reached, trials under way included."""
 
     def __init__(self, sweep: SweepSpec, folder: SweepFolder) -> None:
@@ -70,7 +71,7 @@ class Budgeted(Stopper):
         return over(self._sweep, used) is not None
 
 
-class Watch(Callback):
+class Watch(Callback):  # type: ignore[misc]
     """What happens to the trials of a search, told on the screen and kept in their records."""
 
     def __init__(self, sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, console: Console) -> None:
@@ -117,7 +118,7 @@ class Watch(Callback):
     def _never_came(self, seconds: float) -> TenureError:
         import ray
 
-        from sweeps.driver import resources
+        from sweeps.pricing import resources
 
         free, wants = ray.available_resources(), resources(self._sweep)
         short = {name: free.get(name, 0.0) for name, amount in wants.items() if free.get(name, 0.0) < amount}
@@ -178,4 +179,4 @@ class Watch(Callback):
         self._folder.write(Record(trial=trial, timings=timings))
         run = self._folder.run_of(self._workspace, name)
         if (run.path / "tracking.json").is_file():
-            fail_tracking(self._workspace, tracking_id_of(run), f"{state}: {cause}")
+            log_trial(self._workspace, tracking_id_of(run), trial)

@@ -20,6 +20,7 @@ from training.data.items import Answered
 from training.evaluation.judge import build_scorecard
 from training.evaluation.scorecard import Probe
 from training.evaluation.scoring import ScoreJob, cached_scores, protocol_hash, protocol_of, read_scores, score_model
+from training.models import hash_folder
 from training.spec import RunSpec
 from training.specfile import load_spec
 from training.workspace import RunFolder, Workspace, write_json
