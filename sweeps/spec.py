@@ -5,9 +5,9 @@ Frozen, closed, and free of torch, ray and transformers, as the spec of a run.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from training.section import Count, Flag, Fraction, Name, Natural, Positive, Section, Text, fault
 from training.spec import Contract, RunSpec
@@ -40,8 +40,13 @@ class Range(Section):
         return self
 
 
-Choices = Annotated[tuple[Scalar, ...], Field(min_length=1)]
-Dimension = Range | Choices
+def _holds_something(value: Any) -> Any:
+    if isinstance(value, list | tuple) and not value:
+        raise fault("there is nothing to choose from", "list the values, or give low and high")
+    return value
+
+
+Dimension = Annotated[Range | tuple[Scalar, ...], BeforeValidator(_holds_something)]
 Space = dict[Text, Dimension]
 
 
