@@ -13,12 +13,10 @@ from cluster import pipeline
 from cluster.inspecting import tell_leakage
 from cluster.screen import facts
 from training.data.encoding import Encoded, load_tokenizer, preview
-from training.data.prepare import load_prepared
-from training.data.rows import count_faults
+from training.data.prepare import Faulty, load_prepared
 from training.data.shapes import describe_source
 from training.lineage import describe_lineage
 from training.plan import GIB, Plan, describe_replay, describe_tasks
-from training.section import Source
 from training.spec import RunSpec
 from training.strategy import Replay
 from training.workspace import Workspace
@@ -43,24 +41,24 @@ def show_check(spec_path: Path, workspace: Workspace) -> None:
         console.print("what the suites can show is told once the base is scored, when training starts")
     for line in weak or ():
         console.print(Text.assemble(("weak suite ", "yellow"), line))
-    for source in spec.data.train:
+    data = load_prepared(prepared)
+    replay = spec.protection(Replay)
+    for source, faulty in zip((*spec.data.train, *(replay.data if replay else ())), data.faulty, strict=True):
         console.print(f"rows of {source.path}: {describe_source(source)}", soft_wrap=True, markup=False)
-        tell_dropped(console, source)
+        tell_dropped(console, faulty)
     tokenizer = load_tokenizer(Path(spec.model))
     console.print("the first examples; [bold green]green[/] tokens carry loss, others are only read:")
-    data = load_prepared(prepared)
     for index in range(min(PREVIEWED, len(data.train))):
         console.print(preview_text(data.train[index], tokenizer), soft_wrap=True)
         if data.rejected:
             console.print(Text("rejected: ") + preview_text(answer_of(data.rejected[index]), tokenizer), soft_wrap=True)
 
 
-def tell_dropped(console: Console, source: Source) -> None:
+def tell_dropped(console: Console, faulty: Faulty) -> None:
     """How many faulty rows of a source are dropped, and the first of them; nothing where there is none."""
-    faults = count_faults(source)
-    if faults.count:
-        console.print(f"{faults.count} faulty rows are dropped, the first of them:", soft_wrap=True)
-        for problem in faults.first[:PREVIEWED]:
+    if faulty.num_rows:
+        console.print(f"{faulty.num_rows:,} faulty rows are dropped, the first of them:", soft_wrap=True)
+        for problem in faulty.first[:PREVIEWED]:
             console.print(f"  {problem.where}: {problem.what}", soft_wrap=True, markup=False)
 
 
@@ -83,8 +81,9 @@ def plan_table(plan: Plan, replay: Replay | None = None) -> Table:
             f"accumulated x {plan.micro_batch_size}",
             **({"packing": f"rows of up to {plan.row_tokens:,} tokens"} if plan.row_tokens else {}),
             "steps": f"{plan.steps} ({plan.steps_per_epoch} an epoch)",
-            "examples": f"{plan.num_examples:,} ({plan.num_overlong} longer than max_length"
-            + (f", {plan.num_untaught} without target tokens dropped)" if plan.num_untaught else ")"),
+            "examples": f"{plan.num_examples:,} ({plan.num_overlong:,} longer than max_length"
+            + (f", {plan.num_untaught:,} without target tokens dropped" if plan.num_untaught else "")
+            + (f", {plan.num_faulty:,} faulty ones dropped)" if plan.num_faulty else ")"),
             **({"tasks": "\n".join(describe_tasks(plan.tasks))} if plan.tasks else {}),
             "tokens": f"{plan.num_tokens_per_epoch:,} an epoch, {plan.num_target_tokens_per_epoch:,} carry loss",
             **({"replay": describe_replay(plan, replay.share)} if replay else {}),

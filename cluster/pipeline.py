@@ -20,7 +20,7 @@ from cluster.tasks import run_tasks
 from training.data.prepare import load_prepared, prepare
 from training.errors import Problem, TenureError, fail, raise_all
 from training.evaluation.presets import add_presets
-from training.evaluation.scorecard import Scorecard, read_scorecard
+from training.evaluation.scorecard import DataSummary, Scorecard, read_scorecard
 from training.lineage import find_base, inherit_suites
 from training.models import hash_folder, read_model_info
 from training.objective.teacher import check_teacher
@@ -261,9 +261,19 @@ def score_artifacts(
             base=scoring.read_scores(targets["base"]),
             tuned=scoring.read_scores(targets[name]),
             seconds=seconds,
+            data=_data_summary(run),
+            kl=scoring.read_kl(targets[name]),
         )
         for name, artifact in artifacts.items()
     }
+
+
+def _data_summary(run: RunFolder) -> DataSummary | None:
+    """What the run was trained on, by its plan; None for what is scored without one."""
+    if not run.plan.is_file():
+        return None
+    plan = Plan(**read_json(run.plan))
+    return DataSummary(**{name: getattr(plan, name) for name in DataSummary.model_fields})
 
 
 def protocol_key(spec: RunSpec) -> tuple[dict[str, str | int | float | bool | None], str]:
@@ -277,7 +287,10 @@ def protocol_key(spec: RunSpec) -> tuple[dict[str, str | int | float | bool | No
 def _score_models(
     run: RunFolder, spec: RunSpec, workspace: Workspace, key: str, models: dict[str, Path]
 ) -> tuple[dict[str, Path], float]:
-    """Where the models' scores lie by name, and the seconds it took to score those that were not in the cache."""
+    """Where the models' scores lie by name, and the seconds it took to score those that were not in the cache.
+
+    A base that was never scored comes first, for its distributions are what the others are compared with.
+    """
     from training.evaluation import scoring
 
     base = Path(spec.model)
@@ -286,6 +299,7 @@ def _score_models(
         name: scoring.cached_scores(workspace, model, key if model == base else of_base)
         for name, model in models.items()
     }
+    base_scores = scoring.cached_scores(workspace, base, key)
     jobs = {
         target: scoring.ScoreJob(
             spec=spec.model_dump(mode="json"),
@@ -294,12 +308,15 @@ def _score_models(
             is_adapter=is_adapter(spec.tuning) and models[name] != base,
             target=str(target),
             log=str(run.logs / f"score-{name}.log"),
+            base_scores=str(base_scores),
         )
         for name, target in targets.items()
-        if not target.is_file()
+        if not scoring.is_scored(target, is_base=models[name] == base)
     }
-    models_of = list(jobs.values())
-    seconds = float(sum(run_tasks(scoring.score_model, models_of, spec.scaling, run.logs, "a scoring process")))
+    waves = [[job for job in jobs.values() if (job.artifact is None) is is_base] for is_base in (True, False)]
+    seconds = 0.0
+    for wave in waves:
+        seconds += sum(run_tasks(scoring.score_model, wave, spec.scaling, run.logs, "a scoring process"))
     return targets, seconds
 
 
@@ -318,7 +335,11 @@ def known_power(spec: RunSpec, workspace: Workspace) -> list[str] | None:
     from training.evaluation.power import powers, warnings
 
     cached = scoring.cached_scores(workspace, Path(spec.model), protocol_key(spec)[1])
-    return list(warnings(powers(spec, scoring.read_scores(cached)[0]))) if cached.is_file() else None
+    return (
+        list(warnings(powers(spec, scoring.read_scores(cached)[0])))
+        if scoring.is_scored(cached, is_base=True)
+        else None
+    )
 
 
 def _needs(scaling: Scaling) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from training import tuning
 from training.data.items import Answered
 from training.evaluation import scoring
 from training.evaluation.judge import build_scorecard
+from training.evaluation.kl import kl_to_base
 from training.evaluation.scorecard import Probe, Scorecard
 from training.interpolate import check_interpolable, mixed, scaled
 from training.models import hash_folder
@@ -72,17 +74,17 @@ class Bench:
             self.base_answers[key] = scoring.read_scores(cached)
         return self.base_answers[key]
 
-    def card(
-        self, spec: RunSpec, run: str, model: torch.nn.Module, artifact_hash: str, seconds: float = 0.0
-    ) -> Scorecard:
-        """The scorecard of a model in memory against the base."""
-        with scoring.alone():
-            tuned = scoring.ask_suites(spec, scoring.held_model(model, Path(spec.model)))
-        return self.card_of(spec, run, tuned, artifact_hash, seconds)
-
-    def card_of(self, spec: RunSpec, run: str, tuned: Answers, artifact_hash: str, seconds: float) -> Scorecard:
-        """The scorecard of answers."""
+    def card(self, spec: RunSpec, run: str, model: torch.nn.Module, artifact_hash: str) -> Scorecard:
+        """The scorecard of a model in memory against the base, with its distance from that."""
+        started = time.monotonic()
         protocol, key = protocol_key(spec)
+        cached = scoring.cached_scores(self.workspace, Path(spec.model), key)
+        with scoring.alone():
+            held = scoring.held_model(model, Path(spec.model))
+            tuned = scoring.ask_suites(spec, held)
+            far = kl_to_base(
+                spec, held.model, held.tokenizer, held.max_length, scoring.base_log_probs(cached), is_base=False
+            )
         return build_scorecard(
             run_id=run,
             spec=spec,
@@ -91,7 +93,8 @@ class Bench:
             protocol_hash=key,
             base=self.answers_of_base(spec),
             tuned=tuned,
-            seconds=seconds,
+            seconds=time.monotonic() - started,
+            kl=far,
         )
 
     def exported(self, spec: RunSpec, artifact: Path) -> Exported:

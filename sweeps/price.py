@@ -114,7 +114,8 @@ def shape_of(spec: Mapping[str, Any], plan: Mapping[str, Any]) -> tuple[Any, ...
     """
     training, scaling, tuning = spec["training"], spec["scaling"], spec["tuning"]
     return (
-        spec["model"],
+        Path(spec["model"]).name,
+        plan["model_parameters"],
         spec["objective"]["type"],
         tuning["type"],
         plan["trainable_parameters"],
@@ -122,7 +123,7 @@ def shape_of(spec: Mapping[str, Any], plan: Mapping[str, Any]) -> tuple[Any, ...
         plan["micro_batch_size"],
         plan["zero_stage"],
         training["precision"],
-        training.get("packing", False),
+        bool(plan.get("row_tokens")),  # whether rows are packed; the spec may leave it open
         scaling["workers"],
         scaling["cpus_per_worker"],
         scaling["gpus_per_worker"],

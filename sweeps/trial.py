@@ -104,8 +104,9 @@ class TrialRun:
         if last == self.plan.steps:
             return self._finished(rung)
         with self._timed("scoring"), self._told():
-            measures = measure(self._live_card())
-        self._note(rung, measures)
+            card = self._live_card()
+            measures = measure(card)
+        self._note(rung, measures, card)
         return measures
 
     def _live_card(self) -> Scorecard:
@@ -127,7 +128,7 @@ class TrialRun:
         with self._timed("scoring"), self._told():
             cards = self._score_artifact()
         measures = measure(cards[None])
-        self._note(rung, measures)
+        self._note(rung, measures, cards[None])
         points = tuple(self._point(alpha, rung, card) for alpha, card in cards.items())
         with self._timed("tracking"), self._told():
             self._track(cards[None])
@@ -137,11 +138,9 @@ class TrialRun:
 
     def _score_artifact(self) -> dict[float | None, Scorecard]:
         """The scorecards of the artifact (None) and of what lies between it and the base, by alpha."""
-        bench, spec, started = self.bench, self.spec, time.monotonic()
+        bench, spec = self.bench, self.spec
         exported = bench.exported(spec, self.run.artifact)
-        with scoring.alone():
-            answers = scoring.ask_suites(spec, scoring.held_model(exported.model, Path(spec.model)))
-        whole = bench.card_of(spec, self.run.id, answers, hash_at(self.run.artifact, None), time.monotonic() - started)
+        whole = bench.card(spec, self.run.id, exported.model, hash_at(self.run.artifact, None))
         write_json(self.run.scorecard, whole.model_dump(mode="json"))
         cards: dict[float | None, Scorecard] = {None: whole}
         for alpha in self._alphas(exported):
@@ -178,6 +177,7 @@ class TrialRun:
             gain=measures.gain,
             retention=measures.retention,
             retention_mean=measures.retention_mean,
+            kl_to_base=kl_of(card),
             contract=measures.contract,
             split="validation",
             tokens=self.tokens,
@@ -186,7 +186,7 @@ class TrialRun:
             artifact=str(self.run.artifact) if alpha is None else None,
         )
 
-    def _note(self, rung: int, measures: Measures) -> None:
+    def _note(self, rung: int, measures: Measures, card: Scorecard) -> None:
         seconds = time.monotonic() - self.started
         self.curve.append(
             RungMeasure(
@@ -195,6 +195,7 @@ class TrialRun:
                 seconds=seconds,
                 gain=measures.gain.value,
                 retention=measures.retention.value,
+                kl_to_base=kl_of(card),
             )
         )
         note = self.trial("stopped", rung, "it was stopped").model_dump(mode="json")
@@ -252,6 +253,12 @@ class TrialRun:
     def _told(self) -> Iterator[None]:
         with output_to(self.run.logs / "trial.log"), explained_at(self.run.logs):
             yield
+
+
+def kl_of(card: Scorecard) -> float | None:
+    """KL to the base on the target suites' prompts, in nats a target token."""
+    found = card.kl_to_base.get("target")
+    return found.nats if found else None
 
 
 def card_file(run: RunFolder, alpha: float | None) -> Path:

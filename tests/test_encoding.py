@@ -259,7 +259,7 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
 def test_a_template_that_fails_or_reaches_out_is_told_by_row(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
 ) -> None:
-    monkeypatch.setattr(training.chat, "RENDER_LIMIT_S", 0.2)
+    monkeypatch.setattr(training.data.chat, "RENDER_LIMIT_S", 0.2)
     tokenizer.chat_template = template
     rows = [SINGLE, replace(SINGLE, where="f row 3")]
     with pytest.raises(

@@ -15,7 +15,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import STEPS, run_of, start_job, train_here, uneven_rows
+from jobs import STEPS, JobValues, losses, plan_of, run_of, spec_of, start_job, train_here, train_in_group, uneven_rows
 from jobs import rows_of as metrics_of
 from one_command import run_tenure
 from tiny_spec import write_rows, write_tiny_spec
@@ -24,7 +24,8 @@ from torch.nn import functional
 from training.data.batches import micro_batches, share
 from training.data.encoding import Encoded
 from training.data.mixture import Task, at_least, spread, tasks_of
-from training.data.schedule import Schedule, permuted
+from training.data.prepare import load_prepared
+from training.data.schedule import Schedule, permuted, schedule_of
 from training.data.seen import read_seen
 from training.errors import TenureError
 from training.reporting.curves import read_metrics, task_totals
@@ -251,21 +252,23 @@ def sources_of(folder: Path, **keys: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"name": n, "path": f"{n}.jsonl", **columns, **keys.get(n, {})} for n in ("short", "long")]
 
 
-def test_the_losses_of_tasks_are_means_over_their_target_tokens(
-    one_process: None, tiny_model: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "job"
+def task_job(folder: Path, model: Path, **keys: Any) -> JobValues:
+    """A run over two tasks that stays at the base model: its losses are those of the base."""
     data = {"train": sources_of(folder, short={"weight": 3.0}), "mixture": {"by": "weight"}}
-    training = STEPS | {"epochs": 2, "learning_rate": 1e-9, "log_examples": True}
-    job = start_job(folder, tiny_model, training=training, amend={"data": data})
-    trainer = train_here(job)
-    model = load_base(tiny_model, torch.float32)
+    training = STEPS | {"epochs": 2, "learning_rate": 1e-9, "log_examples": True, **keys.pop("training", {})}
+    return start_job(folder, model, training=training, amend={"data": data}, **keys)
+
+
+def expect_task_losses(job: JobValues, model: Path) -> None:
+    """Every task's loss is the mean over its target tokens, example by example from a bare model."""
+    data, bare = load_prepared(Path(job["prepared"])), load_base(model, torch.float32)
+    schedule = schedule_of(spec_of(job), data.sizes, 0, 0)
     steps = [row for row in metrics_of(run_of(job)) if row["kind"] == "step"]
     assert [row["num_rows"] for row in steps] == [8, 8, 8, 8, 8] * 2
     for row in steps[:3]:
-        batch = trainer.schedule.batch(row["step"] - 1)
+        batch = schedule.batch(row["step"] - 1)
         for name, inside in (("short", [i for i in batch if i < 30]), ("long", [i for i in batch if i >= 30])):
-            nats, targets = zip(*(nats_of(model, trainer.data.train[i]) for i in inside), strict=True)
+            nats, targets = zip(*(nats_of(bare, data.train[i]) for i in inside), strict=True)
             found = row["tasks"][name]
             assert (found["num_rows"], found["num_target_tokens"]) == (len(inside), sum(targets))
             assert found["loss"] == pytest.approx(sum(nats) / sum(targets), rel=1e-4)
@@ -273,7 +276,27 @@ def test_the_losses_of_tasks_are_means_over_their_target_tokens(
     assert metrics is not None
     shares = {task.name: task.row_share for task in task_totals(metrics)}
     assert shares == pytest.approx({"short": 0.75, "long": 0.25})
-    assert read_seen(run_of(job).examples) == {s + 1: sorted(trainer.schedule.batch(s)) for s in range(10)}
+    assert read_seen(run_of(job).examples) == {s + 1: sorted(schedule.batch(s)) for s in range(10)}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_losses_of_tasks_are_means_over_their_target_tokens(
+    one_process: None, tiny_model: Path, tmp_path: Path, packing: bool
+) -> None:
+    job = task_job(tmp_path / "job", tiny_model, training={"packing": packing, "max_length": 96})
+    assert bool(plan_of(job).row_tokens) == packing
+    train_here(job)
+    expect_task_losses(job, tiny_model)
+
+
+def test_the_losses_of_tasks_are_whole_on_two_workers(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
+    """Each worker adds up its own examples' losses; what is logged is of all, packed or not."""
+    training = [{"packing": packing, "max_length": 96} for packing in (False, True)]
+    jobs = [task_job(tmp_path / str(n), tiny_model, training=one, workers=2) for n, one in enumerate(training)]
+    train_in_group(jobs, 2, tmp_path / "ray")
+    for job in jobs:
+        expect_task_losses(job, tiny_model)
+    assert losses(jobs[1]) == pytest.approx(losses(jobs[0]), abs=1e-5)
 
 
 @torch.no_grad()

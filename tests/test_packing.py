@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import losses, plan_of, rows_of, run_of, start_job, train_here, weights
+from tiny import make_tiny_model
 from tiny_spec import write_rows, write_tiny_spec
 from transformers import (
     AutoModelForCausalLM,
@@ -291,6 +292,9 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "full stm": {"tuning": {"type": "full"}, "protections": [{"type": "stm", "threshold": 1000.0}]},
     "replay": {"protections": [{"type": "replay", "share": 0.25, "data": []}]},
+    "lm": {"amend": {"objective": {"type": "lm"}, "data": {"train": [{"path": "train.jsonl", "text": "text"}]}}},
+    "distill": {"amend": {"objective": {"type": "distill", "teacher": "", "weight": 0.6, "temperature": 2.0}}},
+    "distill top k": {"amend": {"objective": {"type": "distill", "teacher": "", "top_k": 7}}},
 }
 
 
@@ -301,12 +305,19 @@ def test_a_packed_run_takes_the_same_steps(name: str, one_process: None, tiny_mo
         facts = write_rows(tmp_path / "facts.jsonl", [{"q": f"recall {i}", "a": "x" * (1 + i % 9)} for i in range(11)])
         source = {"path": str(facts), "prompt": "q", "completion": "a"}
         keys["protections"] = [{"type": "replay", "share": 0.25, "data": [source]}]
+    if name.startswith("distill"):
+        teacher = make_tiny_model(tmp_path / "teacher", seed=3)
+        keys = copy.deepcopy(keys)
+        keys["amend"]["objective"]["teacher"] = str(teacher)
+    most = 256 if name == "lm" else 96
     steps = {"max_steps": 4, "micro_batch_size": 2, "validate_every_steps": 0, "checkpoint_every_steps": 0}
     jobs = [
-        start_job(tmp_path / str(packing), tiny_model, training=steps | {"max_length": 96, "packing": packing}, **keys)
+        start_job(
+            tmp_path / str(packing), tiny_model, training=steps | {"max_length": most, "packing": packing}, **keys
+        )
         for packing in (False, True)
     ]
-    assert (plan_of(jobs[0]).row_tokens, plan_of(jobs[1]).row_tokens) == (0, 96)
+    assert (plan_of(jobs[0]).row_tokens, plan_of(jobs[1]).row_tokens) == (0, most)
     assert plan_of(jobs[1]).accumulation_steps < plan_of(jobs[0]).accumulation_steps
     for job in jobs:
         train_here(job)

@@ -14,6 +14,7 @@ from training.data.prepare import load_prepared, prepare
 from training.data.rows import read_conversations
 from training.data.store import META
 from training.errors import TenureError
+from training.inspection.samples import read_samples
 from training.spec import RunSpec
 from training.specfile import load_spec
 from training.workspace import Workspace, read_json, write_json
@@ -131,6 +132,21 @@ def test_turns_tools_and_what_is_learned_come_from_the_file(
         assert [row.num_targets for row in prepared.train] == targets
         assert prepared.counts().num_untaught == 1
         assert str(AutoTokenizer.from_pretrained(spec.model).decode(list(prepared.train[0].ids))).startswith("add\n")
+
+
+def test_rows_dropped_while_encoding_are_told_with_those_that_do_not_parse(
+    spec: RunSpec, workspace: Workspace, tmp_path: Path
+) -> None:
+    """In what is prepared and in the plan: one row without its column, one with nothing to learn in a turn."""
+    ask, answer = {"role": "user", "content": "3+4"}, {"role": "assistant", "content": "7"}
+    empty = [ask, answer | {"content": " "}, ask, answer]
+    rows: list[dict[str, object]] = [{"turns": [ask, answer]}, {"other": 1}, {"turns": empty}, {"turns": [ask, answer]}]
+    source = with_text(of_turns(spec, tmp_path, rows), "messages: turns", "messages: turns\n    faulty: drop")
+    prepared = load_prepared(prepare(source, workspace))
+    (faulty,) = prepared.faulty
+    assert (len(prepared.train), faulty.num_rows, prepared.counts().num_faulty) == (2, 2, 2)
+    assert [problem.where.rpartition(" ")[2] for problem in faulty.first] == ["2", "3"]
+    assert list(read_samples(source.data.train[0]))[-1].where.endswith("row 4")
 
 
 def test_messages_for_a_model_without_a_chat_template_are_refused(

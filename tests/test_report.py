@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from training.errors import TenureError
-from training.evaluation.scorecard import Item, Scorecard, SuiteScore, Verdict
+from training.evaluation.scorecard import DataSummary, Item, Scorecard, SuiteScore, Verdict
 from training.reporting.curves import cost_rows, read_metrics
 from training.reporting.formatting import change_text, pick_examples, printable, threshold_text
 from training.reporting.html import MAX_ITEMS_PER_SUITE
@@ -353,7 +353,9 @@ def test_long_curves_are_thinned_to_means() -> None:
 
 
 def test_terminal_report_waits_for_no_plotting_library() -> None:
-    code = "import sys, training.report; print([m for m in ('matplotlib', 'torch', 'ray') if m in sys.modules])"
+    code = (
+        "import sys, training.reporting.report; print([m for m in ('matplotlib', 'torch', 'ray') if m in sys.modules])"
+    )
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -380,3 +382,12 @@ def test_page_is_no_wider_than_the_screen(run: RunFolder, tmp_path: Path, width:
     assert found, done.stdout[:500]
     assert int(found[1]) <= width
     assert int(found[2]) == 5
+
+
+def test_the_report_says_what_was_left_out_of_the_data(run: RunFolder) -> None:
+    counts = DataSummary(num_examples=1200, num_faulty=3, num_untaught=1, num_overlong=0)
+    told = "Trained on 1,200 examples; 3 faulty rows and 1 rows without target tokens were left out."
+    card = scorecard(boolq(), data=counts)
+    assert told in printed(120, print_scorecard, card)
+    assert told in render_html(run, card)
+    assert "Trained on" not in printed(120, print_scorecard, scorecard(boolq()))

@@ -42,7 +42,7 @@ SPEC: dict[str, Any] = {
     "training": {"precision": "bf16", "packing": False, "learning_rate": 1e-4},
     "scaling": {"workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 1},
 }
-PLAN = {"trainable_parameters": 1000, "micro_batch_size": 8, "zero_stage": 1}
+PLAN = {"model_parameters": 9000, "trainable_parameters": 1000, "micro_batch_size": 8, "zero_stage": 1}
 
 
 def test_halving_by_hand() -> None:

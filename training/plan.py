@@ -89,6 +89,7 @@ class Plan:
     disk_bytes: int
     row_tokens: int = 0
     num_untaught: int = 0
+    num_faulty: int = 0
 
 
 class SourceCounts(NamedTuple):
@@ -117,6 +118,7 @@ class DataCounts:
     num_replay_target_tokens: int = 0
     lengths: Numbers | None = field(default=None, compare=False)
     num_untaught: int = 0
+    num_faulty: int = 0
     sources: tuple[SourceCounts, ...] = ()
 
     @property
@@ -189,6 +191,7 @@ def make_plan(
         disk_bytes=estimate_disk(spec, info, trainable) + estimate_signals(spec, counts),
         row_tokens=capacity,
         num_untaught=counts.num_untaught,
+        num_faulty=counts.num_faulty,
     )
 
 

@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 
 from training.data.rows import Conversation
 from training.data.timelimit import time_limit
-from training.data.tokens import continued_ids, text_ids
+from training.data.tokens import continued_ids, many_ids, text_ids
 from training.data.turns import Messages
 from training.errors import TenureError, fail
 
@@ -40,6 +40,20 @@ class Answer:
     is_target: tuple[bool, ...]
 
 
+@dataclass(frozen=True)
+class Draft:
+    """An answer in rendered text, not yet in tokens: the prompt before it, the prompt with it, and the tokens marked.
+
+    `index` is the answer's turn.
+    """
+
+    conversation: Conversation
+    index: int
+    prompt: str
+    whole: str
+    marks: list[int] | None
+
+
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], where: str, tools: Sequence[Turn] = ()
 ) -> str:
@@ -54,9 +68,31 @@ def chat_answers(tokenizer: PreTrainedTokenizerBase, conversation: Conversation)
         TenureError: the template refuses the turns, leaves out a part of them, or does not begin an answer as the
             prompt ends; a turn to be learned is empty, or not there.
     """
+    return finish(tokenizer, draft_answers(tokenizer, conversation))
+
+
+def draft_answers(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[Draft]:
+    """chat_answers() as rendered text, for finish()."""
     conversation = _with_arguments_as_wanted(tokenizer, conversation)
     _refuse_what_is_left_out(tokenizer, conversation)
-    return [_answer(tokenizer, conversation, index) for index in learned_turns(conversation)]
+    return [_draft(tokenizer, conversation, index) for index in learned_turns(conversation)]
+
+
+def finish(
+    tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft], ids: Sequence[list[int]] | None = None
+) -> list[Answer]:
+    """The answers in tokens.
+
+    Args:
+        ids: of texts_of() the drafts, where many conversations were put into tokens at once.
+    """
+    ids = many_ids(tokenizer, texts_of(drafts)) if ids is None else ids
+    return [_answer(tokenizer, *one) for one in zip(drafts, ids[::2], ids[1::2], strict=True)]
+
+
+def texts_of(drafts: Sequence[Draft]) -> list[str]:
+    """The texts (2 x drafts,) that finish() needs in tokens."""
+    return [text for draft in drafts for text in (draft.prompt, draft.whole)]
 
 
 def learned_turns(conversation: Conversation) -> list[int]:
@@ -76,7 +112,7 @@ def learned_turns(conversation: Conversation) -> list[int]:
     return places
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, index: int) -> Answer:
+def _draft(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, index: int) -> Draft:
     before, turns = conversation.messages[:index], conversation.messages[: index + 1]
     if not before:
         what = "the first turn is the assistant's: there is no prompt that it could answer"
@@ -86,14 +122,18 @@ def _answer(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, inde
     marks: list[int] | None = None
     if not whole.startswith(prompt):
         whole = _verbatim(tokenizer, conversation, index, prompt)
-    elif tokenizer.is_fast and _MARKED.search(_template(tokenizer, conversation.tools)):
+    elif tokenizer.is_fast and _is_marked(_template(tokenizer, conversation.tools)):
         marks = _marks(tokenizer, turns, conversation.tools)
-    given, ids = text_ids(tokenizer, prompt), text_ids(tokenizer, whole)
+    return Draft(conversation, index, prompt, whole, marks)
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, draft: Draft, given: list[int], ids: list[int]) -> Answer:
+    marks = draft.marks
     if ids[: len(given)] == given:
         answer, marks = ids[len(given) :], marks and marks[len(given) :]
     else:  # the answer's first characters are one token with the prompt's last, which serving keeps apart
-        answer, marks = continued_ids(tokenizer, whole[len(prompt) :]), None
-    answer = _to_its_end(tokenizer, conversation, index, answer)
+        answer, marks = continued_ids(tokenizer, draft.whole[len(draft.prompt) :]), None
+    answer = _to_its_end(tokenizer, draft.conversation, draft.index, answer)
     return Answer(tuple(given), tuple(answer), _targets(answer, marks))
 
 
@@ -101,7 +141,10 @@ def _template(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Turn]) -> str:
     return str(tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None))
 
 
-_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+@lru_cache(maxsize=16)
+def _is_marked(template: str) -> bool:
+    """Whether a template marks what the assistant writes."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], tools: Sequence[Turn]) -> list[int]:

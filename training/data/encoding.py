@@ -6,22 +6,20 @@ token at which serving stops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from training.data.chat import chat_answers, learned_turns
-from training.data.fitting import Tally
-from training.data.rows import MAX_PROBLEMS, Conversation, Passage, Preference
-from training.data.tokens import continued_ids, prompt_ids, text_ids
-from training.errors import Problem, TenureError, fail, raise_all
+from training.data.chat import Draft, draft_answers, finish, learned_turns, texts_of
+from training.data.fitting import Tally, fault_of
+from training.data.rows import Conversation, Faults, Passage, Preference
+from training.data.tokens import many_continued_ids, many_ids, many_prompt_ids
+from training.errors import TenureError, fail
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_Item = TypeVar("_Item")
-_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,10 @@ class Encoded:
     @property
     def num_targets(self) -> int:
         return sum(self.is_target[1:])
+
+
+# Rows that stand or fall together, and their place.
+Placed = tuple[tuple[Encoded, ...], str]
 
 
 @dataclass
@@ -88,17 +90,32 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, chat:
     Raises:
         TenureError: as chat_answers(), or serving would not write earlier turns as they are learned.
     """
-    return _encode_chat(tokenizer, conversation) if chat else _encode_plain(tokenizer, conversation)
+    faults = Faults()
+    (encoded,) = encode_many(tokenizer, [conversation], chat, faults)
+    faults.close()
+    assert encoded is not None
+    return encoded
 
 
-def _encode_plain(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Encoded:
-    prompt = "\n".join(turn["content"] for turn in conversation.messages[:-1])
-    given = prompt_ids(tokenizer, prompt)
-    completion = spaced(prompt, conversation.messages[-1]["content"])
-    answer = continued_ids(tokenizer, completion) if prompt else text_ids(tokenizer, completion)
+def encode_many(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Conversation], chat: bool, faults: Faults
+) -> list[Encoded | None]:
+    """encode() of every row, with few calls of the tokenizer; None for a row whose fault is kept instead."""
+    return _encode_chats(tokenizer, rows, faults) if chat else [*_encode_plain(tokenizer, rows)]
+
+
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Conversation]) -> Iterator[Encoded]:
+    prompts = ["\n".join(turn["content"] for turn in row.messages[:-1]) for row in rows]
+    answers = [spaced(prompt, row.messages[-1]["content"]) for prompt, row in zip(prompts, rows, strict=True)]
+    given = many_prompt_ids(tokenizer, prompts)
+    alone = many_ids(tokenizer, ["" if prompt else answer for prompt, answer in zip(prompts, answers, strict=True)])
+    after = many_continued_ids(
+        tokenizer, [text if prompt else "" for prompt, text in zip(prompts, answers, strict=True)]
+    )
     assert tokenizer.eos_token_id is not None
-    ids = (*given, *answer, int(tokenizer.eos_token_id))
-    return Encoded(ids, (False,) * len(given) + (True,) * (len(answer) + 1))
+    for prompt, *answer in zip(given, alone, after, strict=True):
+        ids = (*prompt, *answer[0], *answer[1], int(tokenizer.eos_token_id))
+        yield Encoded(ids, (False,) * len(prompt) + (True,) * (len(ids) - len(prompt)))
 
 
 def spaced(prompt: str, completion: str) -> str:
@@ -107,13 +124,29 @@ def spaced(prompt: str, completion: str) -> str:
     return f" {completion}" if needs else completion
 
 
-def _encode_chat(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Encoded:
+def _encode_chats(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Conversation], faults: Faults
+) -> list[Encoded | None]:
+    """All rows rendered, then all of their texts put into tokens at once, then cut into answers."""
+    drafts = [faults.tried(row.where, draft_answers, tokenizer, row) for row in rows]
+    ids = iter(many_ids(tokenizer, [text for one in drafts for text in texts_of(one or ())]))
+    found: list[Encoded | None] = []
+    for row, draft in zip(rows, drafts, strict=True):
+        own = list(islice(ids, 2 * len(draft or ())))
+        made = None if draft is None else faults.tried(row.where, _encode_chat, tokenizer, row.where, draft, own)
+        found.append(made)
+    return found
+
+
+def _encode_chat(
+    tokenizer: PreTrainedTokenizerBase, where: str, drafts: Sequence[Draft], texts: Sequence[list[int]]
+) -> Encoded:
     """The answers to be learned, each after the prompt of which serving would ask it."""
     ids: tuple[int, ...] = ()
     is_target: tuple[bool, ...] = ()
-    for answer in chat_answers(tokenizer, conversation):
+    for answer in finish(tokenizer, drafts, texts):
         if answer.prompt[: len(ids)] != ids:
-            raise _rewritten(tokenizer, ids, answer.prompt, conversation.where)
+            raise _rewritten(tokenizer, ids, answer.prompt, where)
         is_target += (False,) * (len(answer.prompt) - len(ids)) + answer.is_target
         ids = answer.prompt + answer.ids
     return Encoded(ids, is_target)
@@ -161,17 +194,26 @@ def encode_all(
     overlong: str,
     untaught: Untaught | None = None,
     tally: Tally | None = None,
+    faults: Faults | None = None,
 ) -> tuple[list[Encoded], int]:
     """All examples encoded, and how many were longer than max_length (dropped or truncated as asked).
 
+    Args:
+        tally: counts what would be refused for the whole of the rows; else it is refused here.
+        faults: what becomes of rows that cannot be encoded; by default they are refused.
+
     Raises:
-        TenureError: rows are longer and overlong is "refuse", or a row has no target token.
+        TenureError: rows are longer and overlong is "refuse", or a row cannot be encoded or has no target token.
     """
-    rows = [row for split in _built(conversations, lambda one: split_rows(one, chat)) for row in split]
-    encoded = _built(rows, lambda row: (encode(tokenizer, row, chat),))
+    faults = Faults() if faults is None else faults
+    split = [faults.tried(one.where, split_rows, one, chat) or [] for one in conversations]
+    rows = [row for some in split for row in some]
+    encoded = encode_many(tokenizer, rows, chat, faults)
+    faults.close()
     counted = Tally() if tally is None else tally
     before = counted.num_longer
-    kept = _fit(encoded, [row.where for row in rows], max_length, overlong, untaught, counted)
+    made = [((example,), row.where) for example, row in zip(encoded, rows, strict=True) if example]
+    kept = _fit(made, max_length, overlong, untaught, counted)
     if tally is None:
         counted.refuse(max_length, overlong)
     return [example for (example,), _ in kept], counted.num_longer - before
@@ -185,21 +227,6 @@ def split_rows(conversation: Conversation, chat: bool) -> list[Conversation]:
     return [replace(conversation, messages=conversation.messages[:end], learn="last") for end in ends]
 
 
-def _built(items: Iterable[_Item], build: Callable[[_Item], _Made]) -> list[_Made]:
-    """What is made of every item, or the faults of all of them at once (the first twenty)."""
-    made: list[_Made] = []
-    problems: dict[Problem, None] = {}
-    for item in items:
-        try:
-            made.append(build(item))
-        except TenureError as error:
-            problems |= dict.fromkeys(error.problems)
-        if len(problems) >= MAX_PROBLEMS:
-            break
-    raise_all(problems)
-    return made
-
-
 def encode_preferences(
     tokenizer: PreTrainedTokenizerBase,
     preferences: Sequence[Preference],
@@ -208,6 +235,7 @@ def encode_preferences(
     overlong: str,
     untaught: Untaught | None = None,
     tally: Tally | None = None,
+    faults: Faults | None = None,
 ) -> tuple[list[Encoded], list[Encoded], int]:
     """The chosen and the rejected answers with their prompts, pair by pair, and how many pairs were overlong.
 
@@ -216,23 +244,36 @@ def encode_preferences(
     Raises:
         TenureError: as encode_all(), or nothing is left by which the answers of a pair differ.
     """
-
-    def both(pair: Preference) -> tuple[Encoded, Encoded]:
-        chosen, rejected = (replace(one, learn="last") for one in (pair.chosen, pair.rejected))
-        return encode(tokenizer, chosen, chat), encode(tokenizer, rejected, chat)
-
-    encoded = _built(preferences, both)
+    faults = Faults() if faults is None else faults
+    encoded = _encode_pairs(tokenizer, preferences, chat, faults)
+    faults.close()
     counted = Tally() if tally is None else tally
     before = counted.num_longer
-    kept = _fit(encoded, [pair.chosen.where for pair in preferences], max_length, overlong, untaught, counted)
-    counted.faulty("alike", [where for (chosen, rejected), where in kept if chosen == rejected])
+    kept = _fit(encoded, max_length, overlong, untaught, counted)
+    alike = [where for (chosen, rejected), where in kept if chosen == rejected]
+    _refuse_or_drop("alike", alike, counted, faults)
+    kept = [((one, two), where) for (one, two), where in kept if one != two]
     if tally is None:
         counted.refuse(max_length, overlong)
     return [pair[0] for pair, _ in kept], [pair[1] for pair, _ in kept], counted.num_longer - before
 
 
+def _encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, preferences: Sequence[Preference], chat: bool, faults: Faults
+) -> list[Placed]:
+    """The pairs of which both answers can be encoded."""
+    chosen = encode_many(tokenizer, [replace(pair.chosen, learn="last") for pair in preferences], chat, faults)
+    left = [(one, pair.rejected) for one, pair in zip(chosen, preferences, strict=True) if one]
+    others = encode_many(tokenizer, [replace(rejected, learn="last") for _, rejected in left], chat, faults)
+    return [((one, two), rejected.where) for (one, rejected), two in zip(left, others, strict=True) if two]
+
+
 def encode_passages(
-    tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage], max_length: int, tally: Tally | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Sequence[Passage],
+    max_length: int,
+    tally: Tally | None = None,
+    faults: Faults | None = None,
 ) -> tuple[list[Encoded], int]:
     """All texts as pieces of at most max_length tokens, and how many texts were cut.
 
@@ -245,39 +286,43 @@ def encode_passages(
     if max_length < 2:
         what = "a piece of one token has nothing to learn"
         raise fail(what, passages[0].where, "set training.max_length: 2 or more")
-    cut = [_pieces(tokenizer, passage.text, max_length) for passage in passages]
+    texts = many_prompt_ids(tokenizer, [passage.text for passage in passages])
+    cut = [_pieces(tokenizer, ids, max_length) for ids in texts]
     counted = Tally() if tally is None else tally
-    counted.faulty("bare", [passage.where for passage, pieces in zip(passages, cut, strict=True) if not pieces])
+    bare = [passage.where for passage, pieces in zip(passages, cut, strict=True) if not pieces]
+    _refuse_or_drop("bare", bare, counted, Faults() if faults is None else faults)
     if tally is None:
         counted.refuse(max_length, "truncate")
     return [piece for pieces in cut for piece in pieces], sum(len(pieces) > 1 for pieces in cut)
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list[Encoded]:
+def _refuse_or_drop(fault: str, places: Sequence[str], tally: Tally, faults: Faults) -> None:
+    if not faults.drop:
+        tally.faulty(fault, places)
+        return
+    for where in places:
+        faults.put(where, fault_of(fault, where))
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: Sequence[int], max_length: int) -> list[Encoded]:
     assert tokenizer.eos_token_id is not None
-    ids = (*prompt_ids(tokenizer, text), int(tokenizer.eos_token_id))
+    ids = (*text, int(tokenizer.eos_token_id))
     starts = range(0, len(ids) - 1, max_length - 1)
     pieces = [ids[start : start + max_length] for start in starts]
     return [Encoded(piece, (False,) + (True,) * (len(piece) - 1)) for piece in pieces]
 
 
 def _fit(
-    groups: Sequence[tuple[Encoded, ...]],
-    places: Sequence[str],
-    max_length: int,
-    overlong: str,
-    untaught: Untaught | None,
-    tally: Tally,
-) -> list[tuple[tuple[Encoded, ...], str]]:
+    groups: Sequence[Placed], max_length: int, overlong: str, untaught: Untaught | None, tally: Tally
+) -> list[Placed]:
     """The groups of rows that stand or fall together, each with its place. What is wrong with them is counted."""
-    longest = [max(len(row.ids) for row in group) for group in groups]
-    longer = [place for place, length in zip(places, longest, strict=True) if length > max_length]
+    longest = [max(len(row.ids) for row in group) for group, _ in groups]
+    longer = [where for (_, where), length in zip(groups, longest, strict=True) if length > max_length]
     tally.longer(longer, max(longest, default=0))
-    pairs = list(zip(groups, places, strict=True))
     if overlong == "drop":
-        kept = [pair for pair, length in zip(pairs, longest, strict=True) if length <= max_length]
+        kept = [one for one, length in zip(groups, longest, strict=True) if length <= max_length]
     else:
-        kept = [(tuple(_cut(row, max_length) for row in group), where) for group, where in pairs]
+        kept = [(tuple(_cut(row, max_length) for row in group), where) for group, where in groups]
     empty = [where for group, where in kept if not all(row.num_targets for row in group)]
     if not (untaught and untaught.drop):
         tally.faulty("empty", empty)
@@ -288,4 +333,6 @@ def _fit(
 
 
 def _cut(example: Encoded, max_length: int) -> Encoded:
+    if len(example.ids) <= max_length:
+        return example
     return Encoded(example.ids[:max_length], example.is_target[:max_length])

@@ -21,6 +21,12 @@ FAULTS = {
 }
 
 
+def fault_of(fault: str, where: str, count: int = 1) -> Problem:
+    """One of FAULTS, in the row where it first stands."""
+    what, instead = FAULTS[fault]
+    return Problem(what + (f" ({count} rows like this)" if count > 1 else ""), where, instead)
+
+
 @dataclass
 class Tally:
     """Rows that are longer than they may be, and rows with a fault: how many, and where the first one stands."""
@@ -61,9 +67,6 @@ class Tally:
             rows = f"{self.num_longer} rows are longer than max_length {max_length}"
             instead = f"set training.max_length: {self.longest}, or data.overlong: drop (or truncate)"
             raise TenureError(Problem(f"{rows} (the longest has {self.longest} tokens)", self.first_longer, instead))
-        found = [
-            Problem(FAULTS[fault][0] + (f" ({count} rows like this)" if count > 1 else ""), first, FAULTS[fault][1])
-            for fault, (count, first) in self.faults.items()
-        ]
+        found = [fault_of(fault, first, count) for fault, (count, first) in self.faults.items()]
         if found:
             raise TenureError(found)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from training.data.encoding import Encoded, load_tokenizer
 from training.data.items import read_items
 from training.data.locations import Location, hash_data
+from training.data.rows import Faults
 from training.data.store import (
     META,
     JoinedRows,
@@ -42,11 +43,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raised when the same files and settings come to give other token ids.
-_ENCODING_VERSION = 7
-# What a folder tells beside its rows: the files of validation items by suite, counts, and examples by source.
-TOLD = ("validation", "num_overlong", "longest_to_come", "num_untaught", "sizes")
+_ENCODING_VERSION = 8
+# What a folder tells beside its rows: the files of validation items by suite, counts, examples and faults by source.
+TOLD = ("validation", "num_overlong", "longest_to_come", "num_untaught", "sizes", "faulty")
 # What of a source decides how rows are mixed, and not their token ids.
 _MIXING = {"name", "weight", "cap", "repeats"}
+
+
+class Faulty(NamedTuple):
+    """Rows of a source that were dropped, and what was wrong with the first of them."""
+
+    num_rows: int
+    first: tuple[Problem, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Prepared:
     Of preference data `train` holds the chosen answers, and `rejected` the others in the same order; else that is
     empty. `longest_to_come` bounds the tokens of the replay rows that the base writes (0 when it writes none);
     `num_untaught` rows were dropped because they had no target token.
-    `sizes` says how many of the training examples each source gave, in the spec's order.
+    `sizes` says how many of the training examples each source gave, in the spec's order; `faulty` which rows were
+    dropped of it, and then of every source of rows to replay, because they could not be read or encoded.
     Rows are read from disk as they are asked for; their lengths and numbers of targets need no look at the tokens.
     """
 
@@ -68,6 +77,7 @@ class Prepared:
     longest_to_come: int = 0
     num_untaught: int = 0
     sizes: tuple[int, ...] = ()
+    faulty: tuple[Faulty, ...] = ()
 
     @cached_property
     def examples(self) -> Sequence[Encoded]:
@@ -109,6 +119,7 @@ class Prepared:
             num_replay=len(self.replay),
             num_replay_target_tokens=int(targets_of(self.replay).sum(dtype="int64")),
             num_untaught=self.num_untaught,
+            num_faulty=sum(source.num_rows for source in self.faulty),
             sources=tuple(self._count(end - size, end) for size, end in zip(self.sizes, ends, strict=True)),
         )
 
@@ -155,6 +166,7 @@ def load_prepared(path: Path) -> Prepared:
         longest_to_come=told["longest_to_come"],
         num_untaught=told["num_untaught"],
         sizes=tuple(told["sizes"]),
+        faulty=tuple(Faulty(count, tuple(Problem(*one) for one in first)) for count, first in told["faulty"]),
     )
 
 
@@ -184,8 +196,12 @@ def _encode(spec: RunSpec, written: Path | None, folder: Path) -> None:
         raise fail("no row is left to replay", "protections", "raise training.max_length, or give shorter rows")
     sources = (*given, *replayed)
     lost = (sum(source.num_overlong for source in sources), sum(source.num_untaught for source in sources))
-    told = (validation, lost[0], longest_to_come, lost[1], [source.num_examples for source in given])
+    faulty = [(source.faults.count, [astuple(one) for one in source.faults.first[:_FAULTS_TOLD]]) for source in sources]
+    told = (validation, lost[0], longest_to_come, lost[1], [source.num_examples for source in given], faulty)
     write_meta(folder, dict(zip(TOLD, told, strict=True)))
+
+
+_FAULTS_TOLD = 5
 
 
 def _writer(folder: Path, name: str) -> RowWriter:
@@ -193,11 +209,12 @@ def _writer(folder: Path, name: str) -> RowWriter:
 
 
 class EncodedSource(NamedTuple):
-    """How many examples a source gave, and how many of its rows were overlong, or dropped for want of a target."""
+    """How many examples a source gave, and how many of its rows were overlong, had no target, or were faulty."""
 
     num_examples: int
     num_overlong: int
     num_untaught: int
+    faults: Faults
 
 
 def _encode_sources(
@@ -213,13 +230,14 @@ def _encode_sources(
     asked = (spec.model, spec.training.max_length, spec.data.overlong, spec.data.untaught, spec.training.seed)
     for source in sources:
         before, num_overlong, num_untaught = rows.num_rows, 0, 0
+        faults = Faults(drop=source.faulty == "drop")
         with _gathered(problems):
-            for chunk in encoded_chunks(tokenizer, source, *asked):
+            for chunk in encoded_chunks(tokenizer, source, *asked, faults):
                 rows.write(chunk.rows)
                 rejected.write(chunk.rejected)
                 num_overlong += chunk.num_overlong
                 num_untaught += chunk.num_untaught
-        found.append(EncodedSource(rows.num_rows - before, num_overlong, num_untaught))
+        found.append(EncodedSource(rows.num_rows - before, num_overlong, num_untaught, faults))
     return found
 
 

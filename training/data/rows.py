@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from training.data.row import LastFault, Row, RowFault
 from training.data.shapes import as_messages, check_order, is_turns, recognised
 from training.data.templating import fill, fill_text
 from training.data.turns import Messages, checked_tools, checked_turns
-from training.errors import Problem, raise_all
+from training.errors import Problem, TenureError, raise_all
 from training.section import Learn, Library, Source
 from training.strategy import Prompts
 
@@ -75,7 +74,40 @@ class Faults:
             self.first.append(fault.at(where))
         if isinstance(fault, LastFault):
             raise_all([fault.at(where)] if self.drop else self.first)
-        if not self.drop and self.count == MAX_PROBLEMS:
+        self._stop_at_most()
+
+    def tried(self, where: str, build: Callable[..., Built], *given: Any) -> Built | None:
+        """What is made of a row; None for one of which nothing can be made, whose fault is kept.
+
+        Raises:
+            TenureError: there are too many to go on; or rows are dropped, and the fault is another's, as the model's.
+        """
+        try:
+            return build(*given)
+        except TenureError as error:
+            self.put(where, *error.problems)
+        return None
+
+    def put(self, where: str, *problems: Problem) -> None:
+        """Keep the faults of a row, found when it was put into tokens; raises as tried()."""
+        if self.drop:
+            raise_all(problem for problem in problems if problem.where != where)
+        self.count += 1
+        self._keep(problems)
+
+    def merge(self, other: Faults) -> None:
+        """Keep what was found in the rows that follow; raises as add(), and what is no row's own as tried()."""
+        if self.drop and not other.drop:
+            raise_all(other.first)
+        self.count += other.count
+        self._keep(other.first)
+
+    def _keep(self, problems: Iterable[Problem]) -> None:
+        self.first = list(dict.fromkeys([*self.first, *problems]))[:MAX_PROBLEMS]
+        self._stop_at_most()
+
+    def _stop_at_most(self) -> None:
+        if not self.drop and len(self.first) >= MAX_PROBLEMS:
             raise_all(self.first)
 
     def close(self) -> None:
@@ -85,6 +117,11 @@ class Faults:
 
 
 Example = Conversation | Preference | Passage
+
+
+def place_of(example: Example) -> str:
+    """The file and row that an example was made from."""
+    return example.chosen.where if isinstance(example, Preference) else example.where
 
 
 def examples(source: Source, faults: Faults | None = None, seed: int = 0) -> Iterator[Example]:
@@ -120,14 +157,6 @@ def rows_of(path: Location, build: Callable[[Row, str], Built], faults: Faults) 
         else:
             yield built
     faults.close()
-
-
-def count_faults(source: Source) -> Faults:
-    """The rows of a source that are dropped, after a reading of all of them; nothing is read where none may be."""
-    faults = Faults(drop=True)
-    if source.faulty == "drop":
-        deque(examples(source, faults), maxlen=0)
-    return faults
 
 
 def read_conversations(source: Source, seed: int = 0) -> list[Conversation]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import mmap
 import os
 import shutil
 import uuid
@@ -28,6 +29,7 @@ from training.workspace import read_json, write_json
 # Raised when the files come to be laid out otherwise.
 STORE_VERSION = 1
 ROWS_AT_ONCE = 2000
+ROWS_PER_RELEASE = 1024
 META = "meta.json"
 SCHEMA = pa.schema(
     [
@@ -115,7 +117,10 @@ class StoredRows(Sequence[Encoded]):
     """The rows of a file, each read from the memory map when it is asked for."""
 
     def __init__(self, path: Path) -> None:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        with path.open("rb") as stream:
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._num_read = 0
+        reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
         self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self._starts = [0, *np.cumsum([batch.num_rows for batch in self._batches]).tolist()]
 
@@ -133,7 +138,11 @@ class StoredRows(Sequence[Encoded]):
         number = bisect.bisect_right(self._starts, place) - 1
         ids, is_target = (self._batches[number].column(name)[place - self._starts[number]] for name in range(2))
         wanted = is_target.values.to_numpy(zero_copy_only=False)
-        return Encoded(tuple(ids.values.to_numpy().tolist()), tuple(wanted.tolist()))
+        row = Encoded(tuple(ids.values.to_numpy().tolist()), tuple(wanted.tolist()))
+        self._num_read += 1
+        if self._num_read % ROWS_PER_RELEASE == 0:
+            self._release()
+        return row
 
     @cached_property
     def lengths(self) -> Numbers:
@@ -147,7 +156,16 @@ class StoredRows(Sequence[Encoded]):
 
     def _column(self, name: str) -> Numbers:
         columns = [batch.column(name).to_numpy() for batch in self._batches]
-        return np.concatenate(columns) if columns else np.zeros(0, np.int32)
+        found = np.concatenate(columns) if columns else np.zeros(0, np.int32)
+        self._release()
+        return found
+
+    def _release(self) -> None:
+        """Give pages back that were read: they stay in the system's cache, but no longer count as this process's.
+
+        Every row that is read maps the pages around it, so that in time the whole file would count.
+        """
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class JoinedRows(Sequence[Encoded]):

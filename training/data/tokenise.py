@@ -23,9 +23,9 @@ from training.data.encoding import (
     wants_chat,
 )
 from training.data.fitting import Tally
-from training.data.rows import MAX_PROBLEMS, Conversation, Example, Passage, Preference, examples
+from training.data.rows import Conversation, Example, Faults, Passage, Preference, examples
 from training.data.store import ROWS_AT_ONCE, batch_of
-from training.errors import Problem, TenureError, raise_all
+from training.errors import TenureError
 from training.section import Source
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # A process takes seconds to start: the first chunks are encoded in this one, and most data have no more.
 CHUNKS_ALONE = 5
 _MOST_PROCESSES = 16
+CHARACTERS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Recipe:
     max_length: int
     overlong: str
     untaught: str
+    faulty: str = "refuse"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Chunk:
     """Encoded rows of a stretch of a source, and of preference data the rejected answers beside them.
 
     `num_overlong` rows were dropped or truncated, or of text cut into pieces; `num_untaught` had no target and were
-    dropped.
+    dropped; `faults` are those of rows that could not be encoded.
     """
 
     rows: pa.RecordBatch
@@ -62,7 +64,7 @@ class Chunk:
     num_overlong: int
     num_untaught: int
     tally: Tally
-    problems: tuple[Problem, ...] = ()
+    faults: Faults
 
 
 def encoded_chunks(
@@ -73,28 +75,46 @@ def encoded_chunks(
     overlong: str,
     untaught: str = "refuse",
     seed: int = 0,
+    faults: Faults | None = None,
 ) -> Iterator[Chunk]:
     """The rows of a source in order, whatever its form.
+
+    Args:
+        faults: what becomes of rows that cannot be used; by default what the source says.
 
     Raises:
         TenureError: after the last chunk, every row's fault at once.
     """
     chat = source.form != "text" and wants_chat(True if source.messages else source.chat, tokenizer, str(source.path))
-    recipe = Recipe(model, source.form, chat, max_length, overlong, untaught)
-    tally, problems = Tally(), dict[Problem, None]()
-    for chunk in _encoded(tokenizer, recipe, _stretches(examples(source, seed=seed))):
+    recipe = Recipe(model, source.form, chat, max_length, overlong, untaught, source.faulty)
+    faults, tally = faults or Faults(drop=source.faulty == "drop"), Tally()
+    for chunk in _encoded(tokenizer, recipe, _stretches(examples(source, faults, seed))):
         tally.add(chunk.tally)
-        problems |= dict.fromkeys(chunk.problems)
-        if len(problems) >= MAX_PROBLEMS:
-            break
+        faults.merge(chunk.faults)
         yield chunk
-    raise_all(problems)
+    faults.close()
     tally.refuse(max_length, overlong)
 
 
 def _stretches(rows: Iterator[Example]) -> Iterator[list[Example]]:
-    while stretch := list(islice(rows, ROWS_AT_ONCE)):
+    """Rows to be encoded together, so many that calls are few and so few that long ones do not fill the memory."""
+    stretch: list[Example] = []
+    room = CHARACTERS_AT_ONCE
+    for row in rows:
+        stretch.append(row)
+        room -= _num_characters(row)
+        if len(stretch) == ROWS_AT_ONCE or room <= 0:
+            yield stretch
+            stretch, room = [], CHARACTERS_AT_ONCE
+    if stretch:
         yield stretch
+
+
+def _num_characters(row: Example) -> int:
+    if isinstance(row, Passage):
+        return len(row.text)
+    turns = row.chosen.messages + row.rejected.messages if isinstance(row, Preference) else row.messages
+    return sum(len(turn["content"]) for turn in turns)
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretches: Iterator[list[Example]]) -> Iterator[Chunk]:
@@ -111,7 +131,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretches: Iter
 def _in_processes(recipe: Recipe, stretches: Iterator[list[Example]], processes: int) -> Iterator[Chunk]:
     """As they are done, in order; no more stretches are read ahead than keep the processes busy."""
     waiting: deque[Future[Chunk]] = deque()
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _one_thread) as pool:
         try:
             for stretch in stretches:
                 waiting.append(pool.submit(_encode_there, recipe, stretch))
@@ -121,6 +141,11 @@ def _in_processes(recipe: Recipe, stretches: Iterator[list[Example]], processes:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _one_thread() -> None:
+    """There is a process for every processor already."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _encode_there(recipe: Recipe, stretch: list[Example]) -> Chunk:
@@ -134,22 +159,28 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 def encode_chunk(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretch: list[Example]) -> Chunk:
     """The encoded rows of a stretch of one form. Faults are counted and returned, so that those of others are found."""
-    tally, untaught = Tally(), Untaught(drop=recipe.untaught == "drop")
+    tally, faults = Tally(), Faults(drop=recipe.faulty == "drop")
+    untaught = Untaught(drop="drop" in (recipe.untaught, recipe.faulty))
     try:
-        rows, rejected, num_overlong = _by_form(tokenizer, recipe, stretch, untaught, tally)
+        rows, rejected, num_overlong = _by_form(tokenizer, recipe, stretch, untaught, tally, faults)
     except TenureError as error:
-        return Chunk(batch_of([]), batch_of([]), 0, 0, tally, error.problems)
-    return Chunk(batch_of(rows), batch_of(rejected), num_overlong, untaught.count, tally)
+        return Chunk(batch_of([]), batch_of([]), 0, 0, tally, Faults(False, len(error.problems), [*error.problems]))
+    return Chunk(batch_of(rows), batch_of(rejected), num_overlong, untaught.count, tally, faults)
 
 
 def _by_form(
-    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretch: list[Example], untaught: Untaught, tally: Tally
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    stretch: list[Example],
+    untaught: Untaught,
+    tally: Tally,
+    faults: Faults,
 ) -> tuple[list[Encoded], list[Encoded], int]:
     """Rows, rejected answers, and how many were overlong."""
     if recipe.form == "text":
-        pieces, num_cut = encode_passages(tokenizer, cast(list[Passage], stretch), recipe.max_length, tally)
+        pieces, num_cut = encode_passages(tokenizer, cast(list[Passage], stretch), recipe.max_length, tally, faults)
         return pieces, [], num_cut
-    settings = (recipe.chat, recipe.max_length, recipe.overlong, untaught, tally)
+    settings = (recipe.chat, recipe.max_length, recipe.overlong, untaught, tally, faults)
     if recipe.form == "preference":
         return encode_preferences(tokenizer, cast(list[Preference], stretch), *settings)
     rows, num_longer = encode_all(tokenizer, cast(list[Conversation], stretch), *settings)

@@ -52,13 +52,14 @@ class SuiteDifference(_Record):
 
 
 class Pair(_Record):
-    """The first run against another."""
+    """The first run against another. `kl_to_base` are both runs' nats per token, by the role of the prompts."""
 
     first: str
     second: str
     same_base: bool
     suites: tuple[SuiteDifference, ...]
     missing: tuple[str, ...]
+    kl_to_base: dict[Literal["target", "retention"], tuple[float, float]] = {}
 
 
 class Comparison(_Record):
@@ -96,6 +97,11 @@ def _pair(first: Scorecard, second: Scorecard) -> Pair:
         same_base=first.base_hash == second.base_hash,
         suites=tuple(s.model_copy(update={"p_holm": p}) for s, p in zip(shared, adjusted, strict=True)),
         missing=tuple(sorted(ours.keys() ^ theirs.keys())),
+        kl_to_base={
+            role: (kl.nats, second.kl_to_base[role].nats)
+            for role, kl in first.kl_to_base.items()
+            if role in second.kl_to_base
+        },
     )
 
 

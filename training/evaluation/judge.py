@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,8 +14,8 @@ from training.data.items import Answered
 from training.evaluation.contract import judge, num_to_decide, state_of
 from training.evaluation.metrics import ANSWER_METRICS, NATS, same_answer
 from training.evaluation.overall import promises, summarise_forgetting
-from training.evaluation.scorecard import Item, Probe, Scorecard, State, SuiteScore
-from training.evaluation.stats import discordant, holm, p_value, paired_interval
+from training.evaluation.scorecard import DataSummary, Item, KlToBase, Probe, Scorecard, State, SuiteScore
+from training.evaluation.stats import bootstrap_interval, discordant, holm, p_value, paired_interval
 from training.models import hash_folder
 from training.spec import Contract, RunSpec
 from training.suite_spec import Agreement, Answering, AnySuite, Length, has_answer
@@ -34,8 +34,10 @@ def build_scorecard(
     base: tuple[dict[str, list[Answered]], tuple[Probe, ...]],
     tuned: tuple[dict[str, list[Answered]], tuple[Probe, ...]],
     seconds: float,
+    data: DataSummary | None = None,
+    kl: Mapping[str, Sequence[tuple[float, int]]] | None = None,
 ) -> Scorecard:
-    """The scorecard of a run from the answers of its base and of its artifact."""
+    """The scorecard of a run from the answers of its base and of its artifact, and its distance from the base."""
     roles: list[tuple[AnySuite, Literal["target", "retention"]]]
     roles = [(suite, "target") for suite in spec.suites.target]
     roles += [(suite, "retention") for suite in spec.suites.retention]
@@ -56,7 +58,24 @@ def build_scorecard(
         versions=package_versions(),
         seconds=seconds,
         forgetting=summarise_forgetting(suites),
+        data=data,
+        kl_to_base=summarise_kl(kl or {}),
     )
+
+
+def summarise_kl(kl: Mapping[str, Sequence[tuple[float, int]]]) -> dict[Literal["target", "retention"], KlToBase]:
+    """Mean nats per target token by role, from every item's sum and number of tokens; a role without items has none."""
+    found: dict[Literal["target", "retention"], KlToBase] = {}
+    for role in get_args(Literal["target", "retention"]):
+        if items := kl.get(role):
+            nats, tokens = (np.array(column, dtype=float) for column in zip(*items, strict=True))
+            found[role] = KlToBase(
+                nats=float(nats.sum() / tokens.sum()),
+                interval=bootstrap_interval(nats / tokens, tokens),
+                num_items=len(items),
+                num_tokens=int(tokens.sum()),
+            )
+    return found
 
 
 def score_suite(

@@ -102,6 +102,18 @@ class Forgetting(_Record):
     rise_in_nats: dict[str, float]
 
 
+class KlToBase(_Record):
+    """KL(base || tuned), exact over the vocabulary: mean nats per target token of given prompts and answers.
+
+    The interval resamples the items; one item has none.
+    """
+
+    nats: float
+    interval: tuple[float, float]
+    num_items: int
+    num_tokens: int
+
+
 class Probe(_Record):
     """Teacher-forced log-probabilities: log_probs[i] is that of token_ids[i + 1] given all before it, in nats."""
 
@@ -109,8 +121,23 @@ class Probe(_Record):
     log_probs: tuple[float, ...]
 
 
+class DataSummary(_Record):
+    """What a run was trained on: examples; rows left out because they were faulty or had no target; overlong rows.
+
+    Overlong ones were cut or left out, as `data.overlong` says.
+    """
+
+    num_examples: int
+    num_faulty: int
+    num_untaught: int
+    num_overlong: int
+
+
 class Scorecard(_Record):
-    """What one run gained and what it forgot. Version 1 has neither `forgetting` nor tests of significance."""
+    """What one run gained and what it forgot. Version 1 has neither `forgetting` nor tests of significance.
+
+    `kl_to_base` is by the role of the suites whose prompts were given; older scorecards have none.
+    """
 
     schema_version: Literal[1, 2] = 2
     run: str
@@ -125,6 +152,8 @@ class Scorecard(_Record):
     versions: dict[str, str]
     seconds: float
     forgetting: Forgetting | None = None
+    data: DataSummary | None = None
+    kl_to_base: dict[Literal["target", "retention"], KlToBase] = {}
 
 
 def read_scorecard(path: Path) -> Scorecard:

@@ -22,6 +22,7 @@ from training.data.items import Answered, SuiteItem, read_items
 from training.data.locations import hash_data
 from training.data.tokens import text_ids
 from training.errors import fail
+from training.evaluation.kl import kl_to_base
 from training.evaluation.metrics import ANSWER_METRICS, NATS
 from training.evaluation.scorecard import Probe
 from training.evaluation.suites import RenderedItem, context_ids, render_item
@@ -48,13 +49,17 @@ if TYPE_CHECKING:
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 48
 _PROBE_SENTENCE = "The sun rises in the east, and it sets in the west."
-_SCORING_VERSION = 3
+_SCORING_VERSION = 4
 _DIVERGED = "the training diverged: lower training.learning_rate, or set training.precision: fp32"
 
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """What a scoring process is sent: the base, an adapter or a whole tuned model, and where to put the answer."""
+    """What a scoring process is sent: the base, an adapter or a whole tuned model, and where to put the answer.
+
+    `base_scores` is where the base's own answer lies, with whose distributions a tuned model's are compared; without
+    it they are not.
+    """
 
     spec: dict[str, Any]
     base: str
@@ -62,6 +67,7 @@ class ScoreJob:
     is_adapter: bool
     target: str
     log: str
+    base_scores: str | None = None
 
 
 def protocol_of(spec: RunSpec, precision: str) -> dict[str, str | int | float | bool | None]:
@@ -111,9 +117,14 @@ def score_model(job: ScoreJob) -> float:
 
     with output_to(Path(job.log)), explained_at(Path(job.log)), alone():
         started = time.monotonic()
-        suites, probes = ask_suites(RunSpec.model_validate(job.spec), _load(job))
+        spec = RunSpec.model_validate(job.spec)
+        language_model = _load(job)
+        suites, probes = ask_suites(spec, language_model)
+        kl = _kl(job, spec, language_model)
         seconds = time.monotonic() - started
-        write_scores(Path(job.target), suites, probes, seconds)
+        answers = {name: [vars(answer) for answer in answers] for name, answers in suites.items()}
+        told = [probe.model_dump(mode="json") for probe in probes]
+        write_json(Path(job.target), {"suites": answers, "probes": told, "kl": kl, "seconds": seconds})
     return seconds
 
 
@@ -123,18 +134,31 @@ def ask_suites(spec: RunSpec, language_model: HarnessModel) -> tuple[dict[str, l
     return suites, tuple(Probe.model_validate(probe) for probe in _probe(spec.suites.all, language_model))
 
 
-def write_scores(target: Path, suites: dict[str, list[Answered]], probes: tuple[Probe, ...], seconds: float) -> None:
-    """Put a model's answers and probes where read_scores() finds them."""
-    answers = {name: [vars(answer) for answer in answers] for name, answers in suites.items()}
-    told = [probe.model_dump(mode="json") for probe in probes]
-    write_json(target, {"suites": answers, "probes": told, "seconds": seconds})
-
-
 def held_model(model: Any, base: Path) -> HarnessModel:
     """A model that is in memory already, as the harness wants it; `base` gives the tokenizer."""
     from training.evaluation.harness import HarnessModel
 
     return HarnessModel(pretrained=model, tokenizer=load_tokenizer(base))
+
+
+def _kl(job: ScoreJob, spec: RunSpec, language_model: HarnessModel) -> dict[str, list[tuple[float, int]]]:
+    """KL to the base by role; the base leaves its log-probabilities beside its scores."""
+    is_base = job.artifact is None
+    beside = job.target if is_base else job.base_scores
+    if beside is None:
+        return {}
+    tokenizer, most = language_model.tokenizer, language_model.max_length
+    return kl_to_base(spec, language_model.model, tokenizer, most, base_log_probs(Path(beside)), is_base=is_base)
+
+
+def base_log_probs(scores: Path) -> Path:
+    """Where the base's log-probabilities lie that belong to its scores."""
+    return scores.with_suffix(".safetensors")
+
+
+def is_scored(scores: Path, *, is_base: bool) -> bool:
+    """Whether a model's scores are there, and the base's log-probabilities with its own."""
+    return scores.is_file() and (not is_base or base_log_probs(scores).is_file())
 
 
 @contextmanager
@@ -153,6 +177,11 @@ def read_scores(path: Path) -> tuple[dict[str, list[Answered]], tuple[Probe, ...
     raw = read_json(path)
     answers = {name: [Answered(**answer) for answer in answers] for name, answers in raw["suites"].items()}
     return answers, tuple(Probe.model_validate(probe) for probe in raw["probes"])
+
+
+def read_kl(path: Path) -> dict[str, list[tuple[float, int]]]:
+    """KL to the base by role: for every item that was looked at its sum in nats, and its target tokens."""
+    return {role: [(nats, count) for nats, count in found] for role, found in read_json(path)["kl"].items()}
 
 
 def scoring_precision(gpus: int) -> str:

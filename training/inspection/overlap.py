@@ -100,7 +100,9 @@ class SuiteIndex:
         words = split_words(row.text)
         self._count_prompt(row)
         if len(words) < GRAM:
-            self._found_whole.setdefault(_whole(row), row.where)
+            whole = _whole(row)
+            if whole in self._short:  # or every short row would be kept
+                self._found_whole.setdefault(whole, row.where)
         elif len(self._grams):
             self._note(row, self._hits(hash_grams(words, GRAM)))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from training.data.chat import learned_turns
 from training.data.items import SuiteItem, read_items
-from training.data.rows import Conversation, Example, Passage, Preference, examples
+from training.data.rows import Conversation, Example, Faults, Passage, Preference, examples, place_of
 from training.section import Source
 from training.suite_spec import FileSuite
 
@@ -37,12 +37,17 @@ class Sample:
 
 
 def read_samples(source: Source) -> Iterator[Sample]:
-    """Every row of a source, as it is asked for.
+    """Every row of a source that is not dropped, as it is asked for.
 
     Raises:
         TenureError: every row's fault at once.
     """
-    return map(sample_of, examples(source))
+    faults = Faults(drop=source.faulty == "drop")
+    for example in examples(source, faults):
+        sample = faults.tried(place_of(example), sample_of, example)
+        if sample:
+            yield sample
+    faults.close()
 
 
 def sample_of(example: Example) -> Sample:

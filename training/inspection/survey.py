@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from training.data.encoding import Encoded, load_tokenizer, preview
 from training.data.items import read_items
-from training.data.rows import MAX_PROBLEMS, examples
+from training.data.rows import Faults, examples, place_of
 from training.errors import Problem, TenureError, raise_all
 from training.evaluation.suites import encode_item
 from training.inspection.duplicates import Duplicates, DuplicateSearch, Pair
@@ -142,15 +142,12 @@ def _parts(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[
 def _rows_of(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
     """Every row with what it becomes; the faults of rows that cannot be encoded come after the last one, together."""
     encoder = RowEncoder(tokenizer, source)
-    problems: dict[Problem, None] = {}
-    for example in examples(source):
-        try:
-            yield sample_of(example), encoder.encode(example)
-        except TenureError as error:
-            problems |= dict.fromkeys(error.problems)
-        if len(problems) >= MAX_PROBLEMS:
-            break
-    raise_all(problems)
+    faults = Faults(drop=source.faulty == "drop")
+    for example in examples(source, faults):
+        row = faults.tried(place_of(example), lambda one: (sample_of(one), encoder.encode(one)), example)
+        if row:
+            yield row
+    faults.close()
 
 
 def _items_of(suite: FileSuite, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ def forgetting_lines(scorecard: Scorecard) -> tuple[str, ...]:
     kept = scorecard.forgetting
     if kept is None:
         return ()
-    lines = []
+    lines = list(kl_lines(scorecard))
     if kept.retention is not None and kept.retention_unclipped is not None:
         lines.append(f"Retention {kept.retention:.1%} (unclipped {kept.retention_unclipped:.1%}), chance-corrected.")
     if kept.general_ability_delta is not None:
@@ -114,6 +114,27 @@ def forgetting_lines(scorecard: Scorecard) -> tuple[str, ...]:
     if kept.left_out:
         lines.append(f"Left out of retention, for the base is not above chance: {', '.join(kept.left_out)}.")
     return tuple(lines)
+
+
+def data_line(scorecard: Scorecard) -> str:
+    """What the run was trained on and what was left out of it; nothing where the scorecard does not say."""
+    data = scorecard.data
+    if data is None:
+        return ""
+    left_out = [(data.num_faulty, "faulty rows"), (data.num_untaught, "rows without target tokens")]
+    told = " and ".join(f"{count:,} {what}" for count, what in left_out if count)
+    parts = [f"Trained on {data.num_examples:,} examples"]
+    parts += [f"{told} were left out"] if told else []
+    parts += [f"{data.num_overlong:,} rows were longer than max_length"] if data.num_overlong else []
+    return f"{'; '.join(parts)}."
+
+
+def kl_lines(scorecard: Scorecard) -> Iterator[str]:
+    """How far the tuned model's distributions are from its base's, a sentence for each role of prompts."""
+    for role, kl in scorecard.kl_to_base.items():
+        low, high = kl.interval
+        looked_at = f"{kl.num_tokens:,} tokens of {kl.num_items:,} items"
+        yield f"KL to the base on {role} prompts {kl.nats:.4f} nats per token [{low:.4f}, {high:.4f}] ({looked_at})."
 
 
 def significance_text(suite: SuiteScore) -> str:

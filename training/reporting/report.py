@@ -29,7 +29,7 @@ def print_scorecard(console: Console, scorecard: Scorecard) -> None:
     """Print the verdict, every suite's scores, and up to three answers before and after."""
     _print_verdict(console, scorecard)
     console.print(Padding(_suite_table(scorecard), (1, 0)))
-    for line in text.forgetting_lines(scorecard):
+    for line in filter(None, (*text.forgetting_lines(scorecard), text.data_line(scorecard))):
         console.print(_plain(line))
     console.print(Text(_legend(scorecard), "dim"))
     for example in text.pick_examples(scorecard):
@@ -63,6 +63,11 @@ def print_pair(console: Console, pair: Pair) -> None:
             _plain(suite.name), better, f"[{ends}]", str(len(suite.lost)), str(len(suite.won)), f"{suite.p_holm:.3g}"
         )
     console.print(Padding(table, (1, 0)))
+    for role, (ours, theirs) in pair.kl_to_base.items():
+        told = (
+            f"KL to the base on {role} prompts: {ours:.4f} ({pair.first}), {theirs:.4f} ({pair.second}) nats per token"
+        )
+        console.print(_plain(told))
     note = "Paired over items; p by McNemar or sign flips, corrected over the suites (Holm). --json lists all items."
     console.print(Text(note, "dim"))
     for suite in pair.suites:
