@@ -86,12 +86,13 @@ def find_knee(front: Sequence[Scored]) -> Scored | None:
     return front[heights.index(highest)] if highest > 1e-9 else None
 
 
-_ORDER = {"kept": 0, "undecided": 1, "broken": 2}
+# Verdicts, best first.
+ORDER = {"kept": 0, "undecided": 1, "broken": 2}
 
 
 def rank(points: Iterable[Scored]) -> list[Scored]:
     """Best first: by verdict (kept, undecided, broken), then by gain, then by retention."""
-    return sorted(points, key=lambda p: (_ORDER[p.contract], -p.gain.value, -p.retention.value))
+    return sorted(points, key=lambda p: (ORDER[p.contract], -p.gain.value, -p.retention.value))
 
 
 def nominate(points: Sequence[Point], count: int, full_strategy: str | None = None) -> list[Point]:
@@ -109,7 +110,7 @@ def nominate(points: Sequence[Point], count: int, full_strategy: str | None = No
     for place, point in enumerate(best_of_trial.values()):
         turn = turns.get(point.strategy, 0)
         turns[point.strategy] = turn + 1
-        order.append((_ORDER[point.contract], turn, place, point))
+        order.append((ORDER[point.contract], turn, place, point))
     chosen = [point for *_, point in sorted(order, key=lambda entry: entry[:3])[:count]]
     full = _best_of(points, full_strategy)
     return [*chosen, full] if full and full not in chosen else chosen

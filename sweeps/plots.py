@@ -207,9 +207,10 @@ def parallel_axes(result: SweepResult, found: Sequence[Importance]) -> tuple[lis
 
 
 def axis_text(axis: str) -> str:
-    """The last part of the path, and whose it is."""
+    """The last part of the path, and whose it is; a plus stands for further strategies."""
     path, _, own = axis.partition(" ")
-    return f"{short_path(path)} {own}".strip()
+    first, _, more = own.strip("()").partition(", ")
+    return f"{short_path(path)} {first}{'+' if more else ''}".strip()
 
 
 def draw_parallel(result: SweepResult, paths: Sequence[str]) -> str:
@@ -231,7 +232,7 @@ def draw_parallel(result: SweepResult, paths: Sequence[str]) -> str:
             low, high = spans[path][2]
             axes.text(place, 1.03, high, ha="center", va="bottom", color=light_colour("muted"), fontsize=8.5)
             axes.text(place, -0.03, low, ha="center", va="top", color=light_colour("muted"), fontsize=8.5)
-            axes.text(place + 0.1, -0.2, shortened(axis_text(path), 18), rotation=32, ha="right", va="top",
+            axes.text(place + 0.1, -0.2, shortened(axis_text(path), 22), rotation=32, ha="right", va="top",
                       color=light_colour("ink"), fontsize=9.5, rotation_mode="anchor")  # fmt: skip
         axes.set_xlim(-0.35, len(columns) - 0.65)
         axes.set_ylim(-0.06, 1.05)

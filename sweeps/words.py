@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from sweeps.importance import Importance
 from sweeps.pareto import (
+    ORDER,
     Scored,
     best_full,
     find_knee,
@@ -89,6 +90,8 @@ def headline(result: SweepResult) -> tuple[str, str]:
         return winner.contract, f"Winner: {described(result.winner)}{open_}"
     if result.finished is None:
         return "undecided", f"Under way: {len(result.trials)} trials so far, no winner yet"
+    if not result.finalists and any(point.contract == "kept" for point in on_validation(result.points)):
+        return "undecided", "No winner: no finalist was run under further seeds"
     return "broken", "No winner: nothing that was tried keeps the contract"
 
 
@@ -189,6 +192,14 @@ def _without_winner(result: SweepResult) -> Iterator[str]:
     if nearest is None:
         yield "No trial finished, so there is nothing to recommend; the causes are below."
         return
+    if isinstance(nearest, Point) and nearest.contract == "kept":
+        best = rank(on_validation(result.points))[0]
+        yield (
+            f"The best single trial that keeps the contract is {described(best)} ({name_of(best)}), under one seed and "
+            f"not tested: it gains {gain_text(result, best.gain.value)} {gain_interval(result, best.gain)} and keeps "
+            f"{retention_text(best.retention.value)} {retention_interval(best.retention)}."
+        )
+        return
     yield (
         f"Nothing that was tried keeps the contract. The nearest is {described(nearest)} ({name_of(nearest)}): it "
         f"gains {gain_text(result, nearest.gain.value)} and keeps {retention_text(nearest.retention.value)}."
@@ -199,8 +210,8 @@ def _without_winner(result: SweepResult) -> Iterator[str]:
 
 
 def _nearest(scored: Iterable[Scored]) -> Scored | None:
-    """What is nearest to keeping the contract: an undecided one before all that break it, then the most retained."""
-    return max(on_validation(scored), key=lambda one: (one.contract != "broken", one.retention.value), default=None)
+    """What is nearest to keeping the contract: by verdict, then by what it retains."""
+    return max(on_validation(scored), key=lambda one: (-ORDER[one.contract], one.retention.value), default=None)
 
 
 def curve_of(result: SweepResult, trial: str) -> list[Point]:
@@ -215,8 +226,10 @@ def budget_rows(result: SweepResult, price: float | None) -> list[tuple[str, str
     rows = [
         ("trials", _of(str(spent.trials or len(result.trials)), None if asked.trials is None else str(asked.trials))),
         ("tokens", _of(tokens_text(spent.tokens or 0), None if asked.tokens is None else tokens_text(asked.tokens))),
-        ("GPU time", _of(hours_text(_gpu(spent)), None if asked.gpu_hours is None else hours_text(asked.gpu_hours))),
     ]
+    if _gpu(spent) or asked.gpu_hours:
+        most = None if asked.gpu_hours is None else hours_text(asked.gpu_hours)
+        rows.append(("GPU time", _of(hours_text(_gpu(spent)), most)))
     if price is not None:
         rows.append((f"price, at {price:g} a GPU hour", money_text(_gpu(spent), price)))
     if spent.hours is not None:

@@ -118,6 +118,15 @@ def test_nothing_finished_and_nothing_yet(result: SweepResult) -> None:
         assert "<h2>What it cost</h2>" in render_sweep(one)
 
 
+def test_without_finalists_the_best_single_trial_is_told(result: SweepResult) -> None:
+    single = result.model_copy(update={"finalists": (), "winner": None})
+    assert headline(single) == ("undecided", "No winner: no finalist was run under further seeds")
+    best = max(p.gain.value for p in result.points if p.contract == "kept")
+    told = " ".join(recommendation(single))
+    assert f"under one seed and not tested: it gains +{100 * best:.1f} pts" in told
+    assert "Nothing that was tried" not in told
+
+
 def test_gains_in_nats_keep_their_unit(result: SweepResult) -> None:
     nats = result.model_copy(update={"gain_unit": "nats per byte"})
     told = " ".join(recommendation(nats))
