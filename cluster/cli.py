@@ -89,14 +89,13 @@ def train(context: click.Context, spec: Path, address: str | None) -> None:
 @click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
 @click.pass_context
 def sequence(context: click.Context, spec: Path, address: str | None) -> None:
-    """Learn the tasks of SPEC one after the other; score every suite after each. Exit status 3 as for train."""
+    """Learn the tasks of SPEC one after the other; score every suite after each. Exit status as for train."""
     from cluster.sequence import train_sequence
     from cluster.session import check_address
 
     if address:
         check_address(address)
-    if not train_sequence(spec, context.obj, address):
-        sys.exit(BROKEN_CONTRACT)
+    _exit_by(train_sequence(spec, context.obj, address))
 
 
 @cli.command()
@@ -156,8 +155,7 @@ def resume(context: click.Context, run: str, address: str | None, workers: int |
     from training.sequences.folder import is_sequence_id
 
     if is_sequence_id(context.obj, run):
-        if not resume_sequence(run, context.obj, address, rescaled=bool(workers) or zero_stage is not None):
-            sys.exit(BROKEN_CONTRACT)
+        _exit_by(resume_sequence(run, context.obj, address, rescaled=bool(workers) or zero_stage is not None))
         return
     folder = context.obj.run(run)
     if folder.registration.is_file():
@@ -181,7 +179,12 @@ def _finish(run: RunFolder, workspace: Workspace) -> None:
         sys.exit(130)
     print_scorecard(console, scorecard)
     console.print(f"report   {run.report}\nartifact {run.artifact}\nserve it with: tenure serve {run.id}")
-    status = {"broken": BROKEN_CONTRACT, "undecided": UNDECIDED_CONTRACT}.get(scorecard.contract.verdict)
+    _exit_by(scorecard.contract.verdict)
+
+
+def _exit_by(verdict: str) -> None:
+    """End with a status of its own where a contract is broken, or left undecided by too few items."""
+    status = {"broken": BROKEN_CONTRACT, "undecided": UNDECIDED_CONTRACT}.get(verdict)
     if status:
         sys.exit(status)
 
@@ -229,23 +232,14 @@ def report(context: click.Context, run: str, as_json: bool, price: float | None)
 @cli.command()
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON, with all items lost and won.")
+@click.option("--seeds", is_flag=True, help="Pool RUNS, which differ in training.seed alone: mean, spread, interval.")
+@click.option("--html", "page", type=click.Path(path_type=Path), help="The page. Default: WORKSPACE/compare/A-B.html.")
 @click.pass_context
-def compare(context: click.Context, runs: tuple[str, ...], as_json: bool) -> None:
+def compare(context: click.Context, runs: tuple[str, ...], as_json: bool, seeds: bool, page: Path | None) -> None:
     """Set RUNS side by side, suite by suite; each against the first, item by item."""
-    from cluster.screen import make_screen
-    from training.evaluation.comparison import compare_runs
-    from training.evaluation.scorecard import read_scorecard
-    from training.reporting.report import print_comparison, print_pair
+    from cluster.comparing import compare
 
-    cards = [read_scorecard(context.obj.run(run).scorecard) for run in runs]
-    comparison = compare_runs(cards)
-    if as_json:
-        click.echo(comparison.model_dump_json(indent=1))
-        return
-    console = make_screen()
-    for card, pair in zip(cards[1:], comparison.pairs, strict=True):
-        print_comparison(console, cards[0], card)
-        print_pair(console, pair)
+    compare(context.obj, runs, as_json=as_json, seeds=seeds, page=page)
 
 
 @cli.group()
@@ -337,12 +331,15 @@ def templates() -> None:
 
 
 @cli.command()
-@click.argument("of", type=click.Choice(["spec", "scorecard", "comparison", "sweep-result"]), default="spec")
+@click.argument(
+    "of", type=click.Choice(["spec", "scorecard", "comparison", "pooled-seeds", "sweep-result"]), default="spec"
+)
 @click.option("--sequence", "of_sequence", is_flag=True, help="Of a sequence of tasks.")
 def schema(of: str, of_sequence: bool) -> None:
     """Print the JSON Schema of a spec, for editors; or of a scorecard, of what compare --json prints, of a sweep."""
     from sweeps.result import SweepResult
     from training.evaluation.comparison import Comparison
+    from training.evaluation.pooling import PooledSeeds
     from training.evaluation.scorecard import Scorecard
     from training.sequences.spec import SequenceSpec
     from training.spec import RunSpec
@@ -351,6 +348,7 @@ def schema(of: str, of_sequence: bool) -> None:
         "spec": RunSpec,
         "scorecard": Scorecard,
         "comparison": Comparison,
+        "pooled-seeds": PooledSeeds,
         "sweep-result": SweepResult,
     }
     kind = SequenceSpec if of_sequence else models[of]

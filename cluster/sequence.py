@@ -15,7 +15,7 @@ from cluster.checking import plan_table, tell_lineage
 from cluster.passes import importance_of_run
 from cluster.screen import facts, make_screen
 from training.errors import Problem, TenureError, fail
-from training.evaluation.scorecard import Scorecard
+from training.evaluation.scorecard import Scorecard, State
 from training.faults import output_to
 from training.lineage import find_base, inherit_suites
 from training.plan import GIB, Plan
@@ -91,8 +91,8 @@ def start_sequence(path: Path, sequence: SequenceSpec, workspace: Workspace) -> 
     return folder
 
 
-def train_sequence(path: Path, workspace: Workspace, address: str | None) -> bool:
-    """Plan all tasks of a file, learn them in order, and tell what came of it; whether every contract is kept."""
+def train_sequence(path: Path, workspace: Workspace, address: str | None) -> State:
+    """Plan all tasks of a file, learn them in order, and tell what came of it; the worst of the contracts' verdicts."""
     sequence = read_sequence(path, workspace)
     planned = plan_sequence(sequence, workspace)
     console = make_screen()
@@ -102,8 +102,8 @@ def train_sequence(path: Path, workspace: Workspace, address: str | None) -> boo
         return _finish(start_sequence(path, sequence, workspace), workspace, console)
 
 
-def resume_sequence(name: str, workspace: Workspace, address: str | None, *, rescaled: bool) -> bool:
-    """Go on with an interrupted sequence at the task and step where it stopped; whether every contract is kept.
+def resume_sequence(name: str, workspace: Workspace, address: str | None, *, rescaled: bool) -> State:
+    """Go on with an interrupted sequence at the task and step where it stopped; the worst of the contracts' verdicts.
 
     Raises:
         TenureError: another scale is asked for, which only a run can take.
@@ -137,7 +137,7 @@ def report_sequence(name: str, workspace: Workspace, *, as_json: bool) -> None:
     console.print(f"report   {folder.report}")
 
 
-def _finish(folder: SequenceFolder, workspace: Workspace, console: Console) -> bool:
+def _finish(folder: SequenceFolder, workspace: Workspace, console: Console) -> State:
     """Learn what is left, and tell what came of it."""
     again = f"go on with: tenure resume {folder.id}"
     try:
@@ -152,7 +152,22 @@ def _finish(folder: SequenceFolder, workspace: Workspace, console: Console) -> b
     print_sequence(console, result)
     last = workspace.run(list(folder.runs().values())[-1])
     console.print(f"report   {folder.report}\nresult   {folder.result}\nartifact {last.artifact}")
-    return all(row.contract != "broken" for row in result.rows)
+    for line in open_contracts(result):
+        console.print(line)
+    return worst_verdict(result)
+
+
+def worst_verdict(result: SequenceResult) -> State:
+    """Broken where one task's contract is, else undecided where one is, else kept."""
+    states = {row.contract for row in result.rows}
+    return "broken" if "broken" in states else "undecided" if "undecided" in states else "kept"
+
+
+def open_contracts(result: SequenceResult) -> list[str]:
+    """A sentence for every task whose contract is not kept."""
+    told = {"broken": "is broken", "undecided": "is undecided: too few items to tell"}
+    rows = [row for row in result.rows if row.contract in told]
+    return [f"the contract of {row.task} {told[str(row.contract)]}; see tenure report {row.run}" for row in rows]
 
 
 def run_sequence(folder: SequenceFolder, workspace: Workspace, console: Console) -> SequenceResult:

@@ -14,18 +14,23 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from jobs import artifact_weights
+from safetensors.torch import load_file
 from tiny_sequence import EWC, REPLAY, TASKS, task, write_sequence
 
-from cluster.sequence import report_sequence, resume_sequence, train_sequence
+from cluster.cli import cli
+from cluster.sequence import open_contracts, report_sequence, resume_sequence, train_sequence, worst_verdict
 from training.errors import TenureError
-from training.evaluation.scorecard import Scorecard, read_scorecard
+from training.evaluation.scorecard import Scorecard, State, read_scorecard
 from training.evaluation.transfer import summarise
 from training.mlflow_store import client
 from training.models import hash_folder
-from training.protection.importance import read_info
+from training.protection.importance import IMPORTANCE_FOLDER, TENSORS_FILE, read_info
 from training.sequences.folder import SequenceFolder
 from training.sequences.result import SequenceResult, read_result
+from training.spec import RunSpec
+from training.strategy import Si
 from training.tracking import tracking_id_of
 from training.worker import Trainer
 from training.workspace import RunFolder, Workspace, read_json
@@ -40,7 +45,7 @@ class WholeSequence:
 
     workspace: Workspace
     folder: SequenceFolder
-    kept: bool
+    verdict: State
 
     @property
     def runs(self) -> list[RunFolder]:
@@ -101,7 +106,7 @@ def interrupted(here: pytest.MonkeyPatch, tiny_model: Path, tmp_path_factory: py
 
 
 def test_each_run_goes_on_from_the_last_artifact(whole: WholeSequence, tiny_model: Path) -> None:
-    assert whole.kept is all(card.contract.verdict == "kept" for card in whole.cards)
+    assert (whole.verdict == "kept") is all(card.contract.verdict == "kept" for card in whole.cards)
     assert whole.folder.runs() == {name: f"tiny-{name}-1" for name in TASKS}
     hashes = [hash_folder(tiny_model), *(hash_folder(run.artifact) for run in whole.runs)]
     assert [card.base_hash for card in whole.cards] == hashes[:-1]
@@ -190,7 +195,7 @@ def test_an_interrupted_sequence_goes_on_to_the_same_artifacts(
 
 def test_resuming_a_finished_sequence_does_nothing_again(whole: WholeSequence) -> None:
     before = [(run.registration.read_bytes(), run.scorecard.stat().st_mtime_ns) for run in whole.runs]
-    assert resume_sequence("tiny-1", whole.workspace, None, rescaled=False) is whole.kept
+    assert resume_sequence("tiny-1", whole.workspace, None, rescaled=False) == whole.verdict
     assert [(run.registration.read_bytes(), run.scorecard.stat().st_mtime_ns) for run in whole.runs] == before
 
 
@@ -210,3 +215,45 @@ def test_an_adapter_goes_on_from_its_merged_model(here: pytest.MonkeyPatch, tiny
     for before, after in zip(done.cards[0].suites, done.cards[1].suites, strict=True):
         scores = {suite.name: suite.base for suite in done.cards[1].suites}
         assert scores[before.name] == pytest.approx(before.tuned, rel=1e-3), after.name
+
+
+def test_si_holds_a_task_to_what_the_one_before_recorded(
+    here: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Weighted by the first task's record, the weights stay the nearer to where it left them, the stronger SI is."""
+    drifts = {}
+    for strength in (1e-6, 1e3):
+        carry = [{"type": "si", "strength": strength}]
+        path, workspace, folder = spec_of(tmp_path / f"{strength}", tiny_model, list(TASKS)[:2], carry=carry)
+        done = WholeSequence(workspace, folder, train_sequence(path, workspace, None))
+        first, second = done.runs
+        held = RunSpec.model_validate(read_json(second.spec)).protection(Si)
+        assert held is not None
+        assert held.importance == first.artifact / IMPORTANCE_FOLDER
+        record = load_file(held.importance / TENSORS_FILE)
+        assert (second.artifact / IMPORTANCE_FOLDER / TENSORS_FILE).is_file()
+        before, after = (artifact_weights(run.artifact) for run in done.runs)
+        parts = [(weight.clamp(min=0), after[name] - before[name]) for name, weight in record.items()]
+        drifts[strength] = sum(float((weight * moved**2).sum()) for weight, moved in parts)
+    assert 0 < drifts[1e3] < 0.5 * drifts[1e-6]
+
+
+def test_an_undecided_contract_is_told_and_has_a_status_of_its_own(
+    whole: WholeSequence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = whole.result.rows
+    kept, last = (
+        row.model_copy(update={"contract": how}) for row, how in zip(rows[1:], ("kept", "undecided"), strict=False)
+    )
+    undecided = whole.result.model_copy(update={"rows": (rows[0], kept, last)})
+    broken = undecided.model_copy(update={"rows": (*undecided.rows, rows[1].model_copy(update={"contract": "broken"}))})
+    assert worst_verdict(undecided) == "undecided"
+    assert worst_verdict(broken) == "broken"
+    told = [f"the contract of differences is undecided: too few items to tell; see tenure report {rows[2].run}"]
+    assert open_contracts(undecided) == told
+    for verdict, status in (("kept", 0), ("undecided", 4), ("broken", 3)):
+        monkeypatch.setattr("cluster.sequence.train_sequence", lambda *_, verdict=verdict: verdict)
+        monkeypatch.setattr("cluster.sequence.resume_sequence", lambda *_, verdict=verdict, **__: verdict)
+        for arguments in (["sequence", "any.yaml"], ["resume", "tiny-1"]):
+            done = CliRunner().invoke(cli, ["--workspace", str(whole.workspace.root), *arguments])
+            assert done.exit_code == status

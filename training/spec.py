@@ -182,6 +182,7 @@ class Scaling(Section):
     gpus_per_worker: Annotated[int, Field(strict=True, ge=0, le=1)] = 0
     zero_stage: Annotated[int, Field(strict=True, ge=0, le=3)] | Literal["auto"] = "auto"
     max_failures: Natural = 0
+    price_per_gpu_hour: NonNegative | None = None
 
 
 class Export(Section):

@@ -131,8 +131,16 @@ def read_metrics(path: Path) -> Metrics | None:
     )
 
 
-def cost_rows(metrics: Metrics | None, scoring_seconds: float) -> list[tuple[str, str]]:
-    """(what, amount) of time and tokens; tokens per second is over the steps that count, without their repeats."""
+@dataclass(frozen=True)
+class Gpus:
+    """How many GPUs a run trained on, and the price of an hour of one, in whatever currency the spec means."""
+
+    count: int = 0
+    price_per_hour: float | None = None
+
+
+def cost_rows(metrics: Metrics | None, scoring_seconds: float, gpus: Gpus = Gpus()) -> list[tuple[str, str]]:
+    """(what, amount) of time, tokens and GPUs; tokens per second are over the steps that count, without repeats."""
     rows: list[tuple[str, str]] = []
     if metrics and metrics.steps:
         seconds = sum(step.seconds for step in metrics.steps)
@@ -144,11 +152,23 @@ def cost_rows(metrics: Metrics | None, scoring_seconds: float) -> list[tuple[str
             ("target tokens", f"{sum(step.num_target_tokens for step in metrics.steps):,}"),
             ("tokens per second", f"{tokens / seconds:,.0f}" if seconds > 0 else "–"),
         ]
+        rows += _gpu_rows(seconds + metrics.repeated_seconds, gpus)
         rows += _replay_rows(metrics.steps)
         if metrics.num_repeated_steps:
             again = f"{metrics.num_repeated_steps:,} ({duration_text(metrics.repeated_seconds)})"
             rows.append(("steps done again after a resume", again))
     return [*rows, ("scoring time", duration_text(scoring_seconds))]
+
+
+def _gpu_rows(seconds: float, gpus: Gpus) -> list[tuple[str, str]]:
+    """Hours of GPUs in steps, those done again included, and their price; nothing for a run without GPUs."""
+    hours = seconds / 3600 * gpus.count
+    if not hours:
+        return []
+    rows = [("GPU hours of training", f"{hours:,.3f}")]
+    if gpus.price_per_hour is not None:
+        rows.append(("price of training", f"{hours * gpus.price_per_hour:,.2f} ({gpus.price_per_hour:g} a GPU hour)"))
+    return rows
 
 
 def _replay_rows(steps: tuple[Step, ...]) -> list[tuple[str, str]]:

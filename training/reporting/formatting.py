@@ -54,6 +54,11 @@ def change_text(suite: SuiteScore, value: float) -> str:
     return f"{_signed(suite, value)} pts" if is_share(suite) else _signed(suite, value)
 
 
+def amount_text(unit: str, value: float) -> str:
+    """A signed amount in a suite's unit: percentage points of a share, else nats."""
+    return (f"{100 * value:+.1f} pts" if unit == "share" else f"{value:+.4f}").replace("-", "−")
+
+
 def interval_text(suite: SuiteScore) -> str:
     """The 95 % interval of the change, in the change's unit."""
     low, high = (_signed(suite, value) for value in suite.interval)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,8 @@ from markupsafe import Markup
 from training.errors import fail
 from training.evaluation.scorecard import Item, Scorecard, SuiteScore
 from training.reporting import formatting as text
-from training.reporting.curves import Metrics, Points, cost_rows, read_metrics, task_totals
+from training.reporting.curves import Gpus, Metrics, Points, cost_rows, read_metrics, task_totals
+from training.reporting.marks import marked
 from training.reporting.plots import COLOURS, Line, draw_changes, draw_curves, points_per_mean
 from training.reporting.tasks import task_rows
 from training.reporting.wise import WiseCurve, read_curve
@@ -23,14 +26,17 @@ MAX_ITEMS_PER_SUITE = 200
 # A nested object with more leaves than this (package versions, say) is folded away.
 _MAX_OPEN_ROWS = 12
 
+FATES = {-1: "lost", 1: "won", 0: "unchanged"}
+
 KeyValues = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Items of one fate."""
+    """Items of one fate: lost, won or unchanged."""
 
     title: str
+    fate: str
     items: list[Item]
 
 
@@ -87,12 +93,19 @@ def render_html(run: RunFolder, scorecard: Scorecard) -> str:
             wise_charts=_wise_charts(wise) if wise else [],
             wise_lines=text.wise_lines(wise) if wise else (),
             num_unreadable_lines=metrics.num_unreadable_lines if metrics else 0,
-            cost=cost_rows(metrics, scorecard.seconds),
+            cost=cost_rows(metrics, scorecard.seconds, gpus_of(run)),
             details=[*_measurement(scorecard), *_plan(run.plan), *_lineage(run.lineage)],
             colours=COLOURS,
             max_text_characters=text.MAX_TEXT_CHARACTERS,
         )
     )
+
+
+def gpus_of(run: RunFolder) -> Gpus:
+    """How many GPUs a run had, and what one costs an hour, by its spec."""
+    scaling = _read_object(run.spec).get("scaling", {})
+    count = int(scaling.get("workers", 1)) * int(scaling.get("gpus_per_worker", 0))
+    return Gpus(count, scaling.get("price_per_gpu_hour"))
 
 
 def environment() -> Environment:
@@ -105,6 +118,11 @@ def environment() -> Environment:
     )
     environment.filters["clip"] = text.clip
     environment.globals["text"] = text
+    environment.globals["marked"] = marked
+    # The one script that a page may run, named by its hash: whatever an answer holds, it runs nothing.
+    script = (folder / "filter.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals |= {"script": Markup(script), "script_hash": f"sha256-{digest}"}
     return environment
 
 
@@ -114,7 +132,8 @@ def _answers(suite: SuiteScore) -> Answers:
     counts = [len(_of_fate(suite, suite.items, fate)) for fate in (-1, 1, 0)]
     summary = ", ".join(f"{count:,} {word}" for count, word in zip(counts, words, strict=True))
     groups = [
-        Group(word.capitalize(), _of_fate(suite, shown, fate)) for fate, word in zip((-1, 1, 0), words, strict=True)
+        Group(word.capitalize(), FATES[fate], _of_fate(suite, shown, fate))
+        for fate, word in zip((-1, 1, 0), words, strict=True)
     ]
     return Answers(suite, summary, [group for group in groups if group.items], len(shown))
 
@@ -214,6 +233,13 @@ def _lineage(path: Path) -> list[Table]:
     plain = {key: value for key, value in lineage.items() if key not in nested}
     tables = _tables("Lineage", plain)
     return tables + [table for key, value in nested.items() for table in _tables(f"Lineage: {_words(key)}", value)]
+
+
+def lineage_rows(path: Path) -> KeyValues:
+    """What stands at the top of lineage.json, and its parent; versions and long tables are left to the run's report."""
+    lineage = _read_object(path)
+    kept = {key: value for key, value in lineage.items() if not isinstance(value, dict | list) or key == "parent"}
+    return [(key.replace("_", " "), value) for key, value in text.flatten(kept)]
 
 
 def _tables(title: str, value: dict[str, Any]) -> list[Table]:

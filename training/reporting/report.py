@@ -13,6 +13,7 @@ from rich.text import Text
 
 from training.errors import TenureError
 from training.evaluation.comparison import ChangedItem, Pair, SuiteDifference, protocol_problem
+from training.evaluation.pooling import PooledSeeds
 from training.evaluation.scorecard import Scorecard, SuiteScore, read_scorecard
 from training.reporting import formatting as text
 from training.reporting.formatting import Example
@@ -73,6 +74,20 @@ def print_pair(console: Console, pair: Pair) -> None:
     for suite in pair.suites:
         if suite.unit == "share":
             _print_changed(console, pair, suite)
+
+
+def print_pooled(console: Console, pooled: PooledSeeds) -> None:
+    """Print every suite's mean change over seeds, its spread and its interval."""
+    table = _table("suite\nrole", "mean change>", "[95 %]>", "deviation>\nover seeds", "each seed>")
+    for suite in pooled.suites:
+        low, high, *changes = (text.amount_text(suite.unit, v) for v in (*suite.interval, *suite.changes))
+        mean, spread = (text.amount_text(suite.unit, value) for value in (suite.change, suite.deviation))
+        table.add_row(
+            _stacked(suite.name, suite.role), mean, f"[{low}, {high}]", spread.lstrip("+"), ", ".join(changes)
+        )
+    console.print(_plain(f"{', '.join(pooled.runs)}: seeds {', '.join(map(str, pooled.seeds))}", "bold"))
+    console.print(Padding(table, (1, 0)))
+    console.print(Text("Against the base; a positive change is better. The interval is over seeds and items.", "dim"))
 
 
 def _print_changed(console: Console, pair: Pair, suite: SuiteDifference) -> None:
