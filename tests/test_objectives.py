@@ -33,7 +33,7 @@ from training.data.batches import Schedule
 from training.data.encoding import Encoded
 from training.data.prepare import Prepared, load_prepared
 from training.objective.objectives import DpoObjective, TokenObjective, Totals, switched_off
-from training.objective.targets import Targets
+from training.objective.targets import TargetLogits, Targets
 from training.objective.weighing import Weighed
 from training.spec import RunSpec
 from training.tuning import load_base
@@ -386,11 +386,11 @@ def test_the_adapter_moves_and_drops_out_as_before_it_was_switched_off(
     assert any(tensor.abs().max() > 1e-4 for name, tensor in weights(job).items() if "lora_B" in name)
 
 
-class Fixed:
+class Fixed(TargetLogits):
     """A head that predicts what it was told to."""
 
     def __init__(self, targets: Targets) -> None:
-        self._targets = targets
+        self._targets, self.fuses = targets, False
 
     def targets(self, model: Any, batch: Any) -> Targets:
         return self._targets
@@ -411,7 +411,7 @@ def test_dpo_of_two_pairs_by_hand() -> None:
         assert list(sequences) == [0, 1, 2, 3], "the chosen answers, then the rejected"
         return -math.log(2) * torch.tensor([2.0, 1.0, 1.0, 1.0])
 
-    objective = DpoObjective(Fixed(targets), Weighed(data), 0, 0.5, reference)  # type: ignore[arg-type]
+    objective = DpoObjective(Fixed(targets), Weighed(data), 0, 0.5, reference)
     totals = objective.totals([0, 1])
     assert (totals.num_targets, totals.weight) == (5, 2.0)
     loss = objective.loss(Engine(), [0, 1], totals)

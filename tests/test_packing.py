@@ -185,6 +185,16 @@ def test_an_example_says_packed_what_it_says_alone_to_the_model_as_it_came(model
     assert torch.allclose(packed, torch.cat(alone), atol=1e-5)
 
 
+def test_a_model_can_be_asked_for_itself_meanwhile(models: tuple[Any, Any]) -> None:
+    """As scoring does, with padding on the left."""
+    plain, within = models
+    ids, mask = torch.tensor([[0, 0, 5, 6, 7], [3, 4, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    with TargetLogits(within).whole(), torch.no_grad():
+        found = within(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(found, plain(input_ids=ids, attention_mask=mask).logits)
+    assert torch.equal(logits_end_to_end(within, random_rows(3)), logits_end_to_end(within, random_rows(3)))
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

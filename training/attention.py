@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,19 @@ def attend_within(model: PreTrainedModel) -> None:
     """Make a model keep attention within examples that collate() has laid end to end; it takes no other batches."""
     AttentionInterface.register(_NAME, _attend)
     model.set_attn_implementation(_NAME)
+
+
+@contextmanager
+def attend_as_before(model: Any) -> Iterator[None]:
+    """Meanwhile attention as a model came with it, for padded batches; nothing where attend_within() has not been."""
+    within = model.config._attn_implementation == _NAME
+    if within:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if within:
+            model.set_attn_implementation(_NAME)
 
 
 def refusal(folder: Path) -> str | None:

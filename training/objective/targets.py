@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from training.attention import attend_as_before
 from training.data.batches import IGNORE
 from training.objective.fused import weighted_cross_entropy
 
@@ -92,6 +95,8 @@ class TargetLogits:
         self._length = 0
         self._asked: tuple[torch.Tensor, torch.Tensor] | None = None
         self._losses = torch.zeros(0)
+        self._selects = True
+        self._model = model
         self.fuses = False
         head = model.get_output_embeddings()
         head.register_forward_pre_hook(self._select)
@@ -101,9 +106,19 @@ class TargetLogits:
             head.forward = self._answer
 
     def _select(self, head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden, *rest = inputs
-        rows = hidden[:, -self._length :]  # a soft prompt's virtual tokens stand before every row
-        return (rows.flatten(0, 1)[self._index], *rest)
+        if not self._selects:
+            return inputs
+        return hidden_at(inputs, self._length, self._index)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The model as it came meanwhile, with logits at every position, for whoever asks it for itself."""
+        self._selects = False
+        try:
+            with attend_as_before(self._model):
+                yield
+        finally:
+            self._selects = True
 
     def _answer(self, hidden: torch.Tensor) -> torch.Tensor:
         """In the output head's place: its logits or, where that is asked for, the loss (1,)."""
