@@ -100,6 +100,50 @@ def sequence(context: click.Context, spec: Path, address: str | None) -> None:
 
 
 @cli.command()
+@click.argument("spec", type=click.Path(path_type=Path), required=False)
+@click.option("--resume", "name", help="Go on with the interrupted sweep of this name, instead of a SPEC.")
+@click.option("--plan", "only_plan", is_flag=True, help="Show what it would take, and run nothing.")
+@click.option("--price", type=click.FloatRange(min=0), help="With --plan: what a GPU hour costs.")
+@click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
+@click.pass_context
+def sweep(
+    context: click.Context,
+    spec: Path | None,
+    name: str | None,
+    only_plan: bool,
+    price: float | None,
+    address: str | None,
+) -> None:
+    """Try the strategies of SPEC against each other; keep the best trade of gain against forgetting.
+
+    Exit status 3: no finalist keeps the contract.
+    """
+    from cluster.session import check_address
+    from cluster.sweep import plan_sweep, resume_sweep, start_sweep
+
+    if (spec is None) == (name is None):
+        raise click.UsageError("give a SPEC, or --resume NAME")
+    if only_plan and spec is not None:
+        plan_sweep(spec, context.obj, price)
+        return
+    if address:
+        check_address(address)
+    result = resume_sweep(name, context.obj, address) if name else start_sweep(Path(str(spec)), context.obj, address)
+    if result.winner is None:
+        sys.exit(BROKEN_CONTRACT)
+
+
+@cli.command()
+@click.argument("name", metavar="SWEEP")
+@click.pass_context
+def promote(context: click.Context, name: str) -> None:
+    """Register the winner of SWEEP as a model that tenure serve knows."""
+    from cluster.sweep import promote_sweep
+
+    promote_sweep(name, context.obj)
+
+
+@cli.command()
 @RUN
 @click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
 @click.option("--workers", type=click.IntRange(min=1), help="Go on with this many workers.")

@@ -92,16 +92,33 @@ def start_run(
     Args:
         about: what is noted in the lineage beside what the spec gives.
     """
+    run = workspace.new_run(spec.name)
+    shutil.copyfile(spec_path, run.spec_yaml)
+    return begin_run(run, spec, plan, workspace, about)
+
+
+def begin_run(
+    run: RunFolder,
+    spec: RunSpec,
+    plan: Plan,
+    workspace: Workspace,
+    about: dict[str, Any] | None = None,
+    parent: str | None = None,
+) -> RunFolder:
+    """Write spec, plan and lineage into a new run's folder and track it; the folder goes when it cannot be tracked.
+
+    Args:
+        about: as for start_run().
+        parent: the MLflow run that this one is a child of.
+    """
     from training.tracking import collect_lineage, start_tracking
 
     lineage = {**collect_lineage(spec, hash_spec(spec)), **(about or {})}
-    run = workspace.new_run(spec.name)
-    shutil.copyfile(spec_path, run.spec_yaml)
     write_json(run.spec, spec.model_dump(mode="json"))
     write_json(run.plan, asdict(plan))
     write_json(run.lineage, lineage)
     try:
-        start_tracking(workspace, run, spec, plan, lineage)
+        start_tracking(workspace, run, spec, plan, lineage, parent)
     except TenureError:
         shutil.rmtree(run.path)
         raise
@@ -232,13 +249,13 @@ def score_artifacts(
     from training.evaluation.judge import build_scorecard
 
     base = Path(spec.model)
-    protocol, key = _protocol(spec)
+    protocol, key = protocol_key(spec)
     targets, seconds = _score_models(run, spec, workspace, key, {"base": base, **artifacts})
     return {
         name: build_scorecard(
             run_id=run.id,
             spec=spec,
-            artifact=artifact,
+            artifact_hash=hash_folder(artifact),
             protocol=protocol,
             protocol_hash=key,
             base=scoring.read_scores(targets["base"]),
@@ -259,7 +276,7 @@ def _data_summary(run: RunFolder) -> DataSummary | None:
     return DataSummary(**{name: getattr(plan, name) for name in DataSummary.model_fields})
 
 
-def _protocol(spec: RunSpec) -> tuple[dict[str, str | int | float | bool | None], str]:
+def protocol_key(spec: RunSpec) -> tuple[dict[str, str | int | float | bool | None], str]:
     """What decides a score beside the model, and its hash."""
     from training.evaluation import scoring
 
@@ -308,7 +325,7 @@ def check_power(run: RunFolder, spec: RunSpec, workspace: Workspace) -> list[str
     from training.evaluation import scoring
     from training.evaluation.power import powers, warnings
 
-    targets, _ = _score_models(run, spec, workspace, _protocol(spec)[1], {"base": Path(spec.model)})
+    targets, _ = _score_models(run, spec, workspace, protocol_key(spec)[1], {"base": Path(spec.model)})
     return list(warnings(powers(spec, scoring.read_scores(targets["base"])[0])))
 
 
@@ -317,7 +334,7 @@ def known_power(spec: RunSpec, workspace: Workspace) -> list[str] | None:
     from training.evaluation import scoring
     from training.evaluation.power import powers, warnings
 
-    cached = scoring.cached_scores(workspace, Path(spec.model), _protocol(spec)[1])
+    cached = scoring.cached_scores(workspace, Path(spec.model), protocol_key(spec)[1])
     return (
         list(warnings(powers(spec, scoring.read_scores(cached)[0])))
         if scoring.is_scored(cached, is_base=True)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from cluster.cli import cli
+from sweeps.spec import Budget, Range, Split, Strategy, SweepSpec
 from training.sequences.spec import CarriedEwc, CarriedReplay, CarriedSi, SequenceSpec, Task
 from training.spec import RunSpec
 
@@ -25,6 +26,11 @@ def test_every_key_of_a_sequence_is_documented() -> None:
     keys = {key for kind in (SequenceSpec, Task, *CARRIED) for key in kind.model_fields}
     pages = "".join((ROOT / "docs" / name).read_text() for name in ("spec.md", "sequences.md"))
     assert keys - set(re.findall(r"`([a-z0-9_]+)`", pages)) == set()
+
+
+def test_every_key_of_a_sweep_is_documented() -> None:
+    keys = {key for kind in (SweepSpec, Strategy, Range, Budget, Split) for key in kind.model_fields}
+    assert keys - set(re.findall(r"`([a-z0-9_]+)`", (ROOT / "docs" / "sweeps.md").read_text())) == set()
 
 
 def test_every_command_is_in_the_readme() -> None:

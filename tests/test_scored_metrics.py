@@ -28,6 +28,7 @@ from training.evaluation.scoring import (
     read_scores,
     score_model,
 )
+from training.models import hash_folder
 from training.spec import RunSpec
 from training.specfile import load_spec
 from training.workspace import RunFolder, Workspace, write_json
@@ -114,7 +115,7 @@ def test_a_scorecard_holds_every_suite_of_an_artifact_compared_with_itself(score
     card = build_scorecard(
         run_id="r-1",
         spec=scored.spec,
-        artifact=base,
+        artifact_hash=hash_folder(base),
         protocol=protocol,
         protocol_hash=protocol_hash(protocol, base),
         base=both,

@@ -75,13 +75,13 @@ def interpolate(base: Path, tuned: Path, alpha: float, target: Path) -> Path:
         if file.is_file() and file.suffix != ".safetensors":
             shutil.copyfile(file, part / file.name)
     if (tuned / ADAPTER_CONFIG).is_file():
-        _rewrite(tuned, part, lambda name, tensor: _scaled(name, tensor, alpha, tuned))
+        _rewrite(tuned, part, lambda name, tensor: scaled(name, tensor, alpha, tuned))
         if (tuned / MERGED_FOLDER).is_dir():
             _merge(base, part)
     else:
         with ExitStack() as stack:
             read = _reader(base, stack)
-            _rewrite(tuned, part, lambda name, tensor: _mixed(name, tensor, read(name), alpha, base))
+            _rewrite(tuned, part, lambda name, tensor: mixed(name, tensor, read(name), alpha, base))
     lineage = read_json(tuned / LINEAGE_FILE) if (tuned / LINEAGE_FILE).is_file() else {}
     write_json(part / LINEAGE_FILE, {**lineage, "alpha": alpha, "tuned_hash": hash_folder(tuned)})
     part.rename(target)
@@ -114,7 +114,7 @@ def _named(files: list[Any]) -> Iterator[tuple[str, Any]]:
             yield name, file
 
 
-def _mixed(name: str, tuned: torch.Tensor, base: torch.Tensor | None, alpha: float, folder: Path) -> torch.Tensor:
+def mixed(name: str, tuned: torch.Tensor, base: torch.Tensor | None, alpha: float, folder: Path) -> torch.Tensor:
     """(1 - alpha) base + alpha tuned, computed in at least 32 bits; whole numbers are tuned's."""
     import torch
 
@@ -130,7 +130,7 @@ def _mixed(name: str, tuned: torch.Tensor, base: torch.Tensor | None, alpha: flo
     return ((1 - alpha) * base.to(wide) + alpha * tuned.to(wide)).to(tuned.dtype)
 
 
-def _scaled(name: str, tensor: torch.Tensor, alpha: float, tuned: Path) -> torch.Tensor:
+def scaled(name: str, tensor: torch.Tensor, alpha: float, tuned: Path) -> torch.Tensor:
     """B scaled by alpha, A as it is."""
     if any(part in name for part in _FIRST):
         return tensor

@@ -69,7 +69,7 @@ def _problems(
 
 
 def _problem(kind: type[Section], fault: ErrorDetails, where: str) -> Problem:
-    what, instead = _tell(kind, fault)
+    what, instead = tell(kind, fault)
     return Problem(what, where, instead)
 
 
@@ -99,7 +99,7 @@ def _location(fault: ErrorDetails, data: Any) -> Location:
     return (*kept, *fault.get("ctx", {}).get("at", ()))
 
 
-def _tell(kind: type[Section], fault: ErrorDetails) -> tuple[str, str]:
+def tell(kind: type[Section], fault: ErrorDetails) -> tuple[str, str]:
     """What is wrong and what to set instead, in our words where pydantic's need its documentation."""
     wrong, given, location = fault["type"], fault["input"], fault["loc"]
     context = fault.get("ctx", {})

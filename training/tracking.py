@@ -59,8 +59,18 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def start_tracking(workspace: Workspace, run: RunFolder, spec: RunSpec, plan: Plan, lineage: dict[str, Any]) -> str:
+def start_tracking(
+    workspace: Workspace,
+    run: RunFolder,
+    spec: RunSpec,
+    plan: Plan,
+    lineage: dict[str, Any],
+    parent: str | None = None,
+) -> str:
     """Open an MLflow run with the spec's parameters, the plan and the lineage; its id.
+
+    Args:
+        parent: the MLflow run that this one is a child of, such as a sweep's.
 
     Raises:
         TenureError: the store does not answer, or refuses.
@@ -71,9 +81,10 @@ def start_tracking(workspace: Workspace, run: RunFolder, spec: RunSpec, plan: Pl
 
     params = [Param(*pair) for pair in _flat({**spec.model_dump(mode="json"), "plan": vars(plan)})]
     tags = [RunTag(*pair) for pair in _flat(lineage, "lineage")]
+    tags += [RunTag("mlflow.parentRunId", parent)] if parent else []
     try:
         store = client(workspace)
-        tracking_id = str(store.create_run(_experiment(store, workspace), run_name=run.id).info.run_id)
+        tracking_id = str(store.create_run(experiment_of(store, workspace), run_name=run.id).info.run_id)
         for start in range(0, max(len(params), len(tags)), 100):
             store.log_batch(tracking_id, params=params[start : start + 100], tags=tags[start : start + 100])
     except MlflowException as error:
@@ -83,7 +94,7 @@ def start_tracking(workspace: Workspace, run: RunFolder, spec: RunSpec, plan: Pl
     return tracking_id
 
 
-def _experiment(store: MlflowClient, workspace: Workspace) -> str:
+def experiment_of(store: MlflowClient, workspace: Workspace) -> str:
     found = store.get_experiment_by_name(EXPERIMENT)
     if found is not None:
         return str(found.experiment_id)

@@ -39,8 +39,10 @@ from training.protection.attach import Attached, attach_all, path_importance
 from training.protection.importance import IMPORTANCE_FOLDER, PATH_INTEGRAL, write_importance
 from training.protection.layout import Layout
 from training.spec import RunSpec
-from training.strategy import Si, Wise, is_adapter
+from training.strategy import AnyTuning, Si, Wise, is_adapter
 from training.workspace import RunFolder
+
+LoadBase = Callable[[AnyTuning, Path, torch.dtype], torch.nn.Module]
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,18 @@ class Trainer:
     seen: ExampleLog | None = None
 
     @classmethod
-    def start(cls, job: Job, folder: RunFolder) -> Trainer:
-        """Data, model, tuning, optimizer, engine, protections; then the state of the newest checkpoint."""
+    def start(cls, job: Job, folder: RunFolder, load: LoadBase = tuning.load_base_for) -> Trainer:
+        """Data, model, tuning, optimizer, engine, protections; then the state of the newest checkpoint.
+
+        Args:
+            load: gives the base as the tuning wants it; a process that trains several runs keeps its weights.
+        """
         spec, plan = RunSpec.model_validate(job.spec), Plan(**job.plan)
         seed_everything(spec.training.seed)
         weighed = weigh(load_prepared(Path(job.prepared)), spec, job.aids)
         tokenizer = load_tokenizer(Path(spec.model))
         dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
-        base = tuning.load_base_for(spec.tuning, Path(spec.model), dtype)
+        base = load(spec.tuning, Path(spec.model), dtype)
         if plan.row_tokens:
             attend_within(base)
         model = tuning.apply_tuning(base, spec.tuning)
@@ -143,6 +149,10 @@ class Trainer:
                 self._validate()
             if self._is_due(self.plan.checkpoint_every_steps):
                 self._save()
+        self.finish()
+
+    def finish(self) -> None:
+        """What is left after the last step: the count of replayed rows, and the artifact."""
         self._log_replay()
         self._export()
 

@@ -115,17 +115,30 @@ def score_model(job: ScoreJob) -> float:
     """Load a model, score it, write its answers and probes to the job's target. The seconds it took."""
     from training.faults import explained_at, output_to
 
-    with output_to(Path(job.log)), explained_at(Path(job.log)), _alone():
+    with output_to(Path(job.log)), explained_at(Path(job.log)), alone():
         started = time.monotonic()
         spec = RunSpec.model_validate(job.spec)
         language_model = _load(job)
-        suites = {suite.name: _score_suite(suite, language_model) for suite in spec.suites.every}
-        probes = _probe(spec.suites.all, language_model)
+        suites, probes = ask_suites(spec, language_model)
         kl = _kl(job, spec, language_model)
         seconds = time.monotonic() - started
         answers = {name: [vars(answer) for answer in answers] for name, answers in suites.items()}
-        write_json(Path(job.target), {"suites": answers, "probes": probes, "kl": kl, "seconds": seconds})
+        told = [probe.model_dump(mode="json") for probe in probes]
+        write_json(Path(job.target), {"suites": answers, "probes": told, "kl": kl, "seconds": seconds})
     return seconds
+
+
+def ask_suites(spec: RunSpec, language_model: HarnessModel) -> tuple[dict[str, list[Answered]], tuple[Probe, ...]]:
+    """A loaded model's answers to every suite of a spec by the suite's name, and its probes."""
+    suites = {suite.name: _score_suite(suite, language_model) for suite in spec.suites.every}
+    return suites, tuple(Probe.model_validate(probe) for probe in _probe(spec.suites.all, language_model))
+
+
+def held_model(model: Any, base: Path) -> HarnessModel:
+    """A model that is in memory already, as the harness wants it; `base` gives the tokenizer."""
+    from training.evaluation.harness import HarnessModel
+
+    return HarnessModel(pretrained=model, tokenizer=load_tokenizer(base))
 
 
 def _kl(job: ScoreJob, spec: RunSpec, language_model: HarnessModel) -> dict[str, list[tuple[float, int]]]:
@@ -149,7 +162,7 @@ def is_scored(scores: Path, *, is_base: bool) -> bool:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Without the process group that a launcher around the command may have named: the harness would join it."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     named = {name: os.environ.pop(name) for name in names if name in os.environ}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +73,22 @@ class TargetLogits:
     def __init__(self, model: Any) -> None:
         self._index = torch.zeros(0, dtype=torch.long)
         self._length = 0
+        self._selects = True
         model.get_output_embeddings().register_forward_pre_hook(self._select)
 
     def _select(self, head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if not self._selects:
+            return inputs
         return hidden_at(inputs, self._length, self._index)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Logits at every position meanwhile, for whoever asks the model itself."""
+        self._selects = False
+        try:
+            yield
+        finally:
+            self._selects = True
 
     def targets(self, model: Any, batch: Batch) -> Targets:
         """The predictions of a batch (rows, length) by the model, or by the engine around it.

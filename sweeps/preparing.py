@@ -1,0 +1,126 @@
+"""What is settled and computed once, before the first trial: splits, tokens, base scores, signals, importance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from cluster import pipeline
+from cluster.aids import ready_aids, ready_data
+from sweeps.folder import Shared, SweepFolder
+from sweeps.presets import strategies
+from sweeps.space import Setting, draw, run_spec
+from sweeps.spec import SweepSpec
+from sweeps.splitting import split_suites
+from training.data.prepare import load_prepared
+from training.errors import Problem, raise_all
+from training.evaluation import scoring
+from training.evaluation.judge import threshold_of
+from training.evaluation.metrics import NATS
+from training.spec import RunSpec, Suites
+from training.workspace import RunFolder, Workspace, write_json
+
+
+def plan_strategies(sweep: SweepSpec, workspace: Workspace) -> int:
+    """Plan a run of every strategy, so that what is wrong with one is told before anything starts.
+
+    Returns:
+        The tokens that every trial trains on: those asked for, or what the first strategy's run takes.
+
+    Raises:
+        TenureError: with the faults of all of them.
+    """
+    from sweeps.trial import tokens_of
+    from training.errors import TenureError
+
+    problems: list[Problem] = []
+    tokens: list[int] = []
+    for number in range(len(strategies(sweep))):
+        setting = draw(sweep, number)
+        try:
+            spec = run_spec(sweep, setting)
+            plan, prepared = pipeline.plan_run(spec, workspace)
+            tokens.append(sweep.tokens_per_trial or tokens_of(spec, plan, load_prepared(prepared)))
+        except TenureError as error:
+            problems += [
+                Problem(p.what, f"strategy '{setting.strategy}': {p.where}", p.instead) for p in error.problems
+            ]
+    raise_all(dict.fromkeys(problems))
+    return tokens[0]
+
+
+def settle(sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, tokens: int, notes: Iterable[str]) -> Shared:
+    """Split the suites and open the sweep's own run in MLflow; written, so that a resumed sweep does the same."""
+    validation, test, told = halves(sweep, workspace)
+    shared = Shared(
+        validation=validation,
+        test=test,
+        tokens_per_trial=tokens,
+        mlflow_run=start_parent(workspace, folder.id),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        notes=(*notes, *told),
+    )
+    write_json(folder.shared, shared.model_dump(mode="json"))
+    return shared
+
+
+def halves(sweep: SweepSpec, workspace: Workspace) -> tuple[Suites, Suites, list[str]]:
+    """Validation and test suites: the base's and those under `test`, or the base's items split."""
+    if sweep.test is not None:
+        return sweep.run.suites, sweep.test, []
+    return split_suites(sweep.run.suites, sweep.split, workspace)
+
+
+def start_parent(workspace: Workspace, name: str) -> str:
+    """The MLflow run that all trials are children of."""
+    from training.mlflow_store import client
+    from training.tracking import experiment_of
+
+    store = client(workspace)
+    tags = {"sweep": name}
+    return str(store.create_run(experiment_of(store, workspace), run_name=name, tags=tags).info.run_id)
+
+
+def share(
+    sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, settings: Iterable[Setting], console: Console
+) -> None:
+    """Compute what trials only read, once a cluster: encoded data, base scores, signals, importance."""
+    shared = folder.read_shared()
+    specs = [run_spec(sweep, setting, name=folder.id, suites=shared.validation) for setting in settings]
+    console.print("scoring the base")
+    score_base(specs[0], folder, workspace)
+    check_reachable(specs[0], workspace)
+    for spec in specs:
+        prepared = ready_data(spec, workspace, console)
+        ready_aids(spec, prepared, workspace, folder.logs, pipeline.memory_limit(spec.scaling))
+
+
+def score_base(spec: RunSpec, folder: SweepFolder, workspace: Workspace) -> None:
+    """The base's answers to the suites of a spec, into the cache."""
+    pipeline.check_power(RunFolder(folder.path), spec, workspace)
+
+
+def check_reachable(spec: RunSpec, workspace: Workspace) -> None:
+    """Refuse a contract that nothing can meet: a gain beyond the best score that there is.
+
+    Raises:
+        TenureError: with every suite on which it is.
+    """
+    cached = scoring.cached_scores(workspace, Path(spec.model), pipeline.protocol_key(spec)[1])
+    answers = scoring.read_scores(cached)[0]
+    problems = []
+    for suite in spec.suites.target:
+        own = answers[suite.name]
+        base = float(np.average([answer.score for answer in own], weights=[answer.weight for answer in own]))
+        most = base if suite.metric in NATS else 1 - base
+        asked = threshold_of(suite, "target", spec.contract)
+        if asked > most:
+            what = (
+                f"nothing can gain {asked:g} on '{suite.name}': the base has {base:.4f}, so at most {most:.4f} is left"
+            )
+            problems.append(Problem(what, "contract: min_gain", f"promise less than {most:.4f}, or give harder items"))
+    raise_all(problems)

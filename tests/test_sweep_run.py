@@ -1,0 +1,124 @@
+"""A whole sweep through Ray Tune: strategies in warm actors, finalists, winner, resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from tiny_spec import sums, write_rows, write_tiny_spec
+
+from cluster.sweep import read_sweep, settle_on
+from sweeps import driver
+from sweeps.folder import SweepFolder, new_folder
+from sweeps.result import SweepResult, read_result
+from sweeps.spec import Split
+from sweeps.splitting import split_suites
+from training.data.items import read_items
+from training.errors import TenureError
+from training.workspace import Workspace
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def swept(
+    ray_cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SweepFolder, Workspace, SweepResult]:
+    """A sweep of two strategies and one that fails at its first step, to its end."""
+    folder = tmp_path_factory.mktemp("sweep")
+    workspace = Workspace.at(folder / "workspace")
+    write_tiny_spec(folder, tiny_model, training={"epochs": 2}, scaling={"zero_stage": 0})
+    write_rows(folder / "sums.jsonl", sums(24))
+    rate = {"low": 1e-4, "high": 1e-3, "log": True}
+    strategies = [
+        {"name": "full", "tuning": {"type": "full"}, "space": {"training.learning_rate": rate}},
+        {"name": "lora", "tuning": {"type": "lora", "rank": 4}, "set": {"training.learning_rate": 1e-3}},
+        {"name": "wild", "tuning": {"type": "full"}, "set": {"training.learning_rate": 1e30}},
+    ]
+    sweep = {"name": "s", "base": "spec.yaml", "strategies": strategies, "budget": {"trials": 3}, "rungs": 2}
+    sweep |= {"contract": {"max_loss": 100.0}, "finalists": 1, "seeds": [0, 1], "alphas": [0.5], "scheduler": "none"}
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    spec, notes = read_sweep(path, workspace)
+    made = driver.begin(spec, path.read_text(encoding="utf-8"), notes, workspace)
+    return made, workspace, driver.carry_on(made, workspace, QUIET)
+
+
+Swept = tuple[SweepFolder, Workspace, SweepResult]
+
+
+def test_every_trial_has_its_end(swept: Swept) -> None:
+    states = {trial.strategy: trial.state for trial in swept[2].trials if "seed" not in trial.name}
+    assert states == {"full": "finished", "lora": "finished", "wild": "failed"}
+    wild = next(trial for trial in swept[2].trials if trial.strategy == "wild")
+    assert "finite" in str(wild.cause)
+
+
+def test_all_strategies_of_a_rung_saw_the_same_tokens(swept: Swept) -> None:
+    curves = [trial.curve for trial in swept[2].trials if trial.state == "finished" and len(trial.curve) == 2]
+    assert len(curves) == 2
+    assert curves[0][0].tokens == curves[1][0].tokens < curves[0][1].tokens == curves[1][1].tokens
+
+
+def test_finished_trials_add_their_curve_and_are_runs(swept: Swept) -> None:
+    folder, workspace, result = swept
+    assert {(point.strategy, point.alpha) for point in result.points if "seed" not in point.trial} == {
+        ("full", None), ("full", 0.5), ("lora", None), ("lora", 0.5)
+    }  # fmt: skip
+    run = workspace.run(f"{folder.id}-trial-001")
+    assert run.artifact.is_dir()
+    assert run.scorecard.is_file()
+    parent = folder.read_shared().mlflow_run
+    from training.mlflow_store import client
+    from training.tracking import tracking_id_of
+
+    assert client(workspace).get_run(tracking_id_of(run)).data.tags["mlflow.parentRunId"] == parent
+
+
+def test_the_winner_ran_under_every_seed_and_is_scored_on_test(swept: Swept) -> None:
+    folder, _, result = swept
+    assert result.finished is not None
+    assert result.winner is not None
+    assert result.winner.seeds == (0, 1)
+    assert result.winner.test is not None
+    assert result.winner.test.split == "test"
+    assert folder.winner.is_file()
+    assert folder.report.is_file()
+
+
+def test_a_resumed_sweep_does_nothing_twice(swept: Swept) -> None:
+    folder, workspace, result = swept
+    before = {file.name: file.stat().st_mtime_ns for file in folder.trials.iterdir()}
+    again = driver.carry_on(driver.resume(folder.id, workspace), workspace, QUIET)
+    assert {file.name: file.stat().st_mtime_ns for file in folder.trials.iterdir()} == before
+    assert {trial.name for trial in again.trials} == {trial.name for trial in result.trials}
+    assert read_result(folder.result) == again
+
+
+def test_a_name_is_taken_once(swept: Swept) -> None:
+    with pytest.raises(TenureError, match="there is a sweep 's' already"):
+        new_folder(swept[1], swept[0].id)
+
+
+def test_what_lies_between_becomes_the_artifact(swept: Swept) -> None:
+    folder, workspace, _ = swept
+    run = workspace.run(f"{folder.id}-trial-001")
+    settle_on(run, 0.5)
+    from serving.registry import registered_artifact
+    from training.evaluation.scorecard import read_scorecard
+
+    assert registered_artifact(run, read_scorecard(run.scorecard)) == run.artifact
+    assert json.loads(run.spec.read_text())["protections"] == [{"type": "wise", "alpha": 0.5}]
+
+
+def test_halves_share_no_item_and_lose_none(swept: Swept, tmp_path: Path) -> None:
+    folder, workspace, _ = swept
+    suites = folder.read_spec().run.suites
+    validation, test, _ = split_suites(suites, Split(), workspace)
+    for whole, one, other in zip(suites.all, validation.all, test.all, strict=True):
+        prompts = [[(i.prompt, i.completion) for i in read_items(half)] for half in (whole, one, other)]
+        assert sorted(prompts[1] + prompts[2]) == sorted(prompts[0])
+        assert not set(prompts[1]) & set(prompts[2])
