@@ -16,7 +16,7 @@ from tiny_spec import write_rows, write_tiny_spec
 from training.data.items import Answered
 from training.errors import TenureError
 from training.evaluation.harness_tasks import hash_task, load_task
-from training.evaluation.scoring import ScoreJob, _alone, read_scores, score_model
+from training.evaluation.scoring import ScoreJob, alone, read_scores, score_model
 from training.specfile import load_spec
 from training.suite_spec import Harness
 
@@ -59,7 +59,7 @@ def command_line(folder: Path, model: Path, task: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", str(task), "--batch_size", "16"]
     command += ["--model_args", f"pretrained={model},dtype=float32", "--device", "cpu", "--log_samples"]
     command += ["--output_path", str(folder / "out")]
-    with _alone():
+    with alone():
         environment = {**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
