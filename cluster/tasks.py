@@ -22,7 +22,7 @@ def run_tasks(compute: Callable[[Any], Any], jobs: Sequence[Any], scaling: Scali
 
     if not jobs:
         return []
-    cpus = min(os.cpu_count() or 1, int(ray.cluster_resources()["CPU"])) // len(jobs) or 1
+    cpus = min(os.cpu_count() or 1, largest_node_cpus()) // len(jobs) or 1
     cpus = 1 if scaling.gpus_per_worker else cpus
     options = {"num_cpus": cpus, "num_gpus": scaling.gpus_per_worker, "max_calls": 1, "max_retries": 1}
     task = ray.remote(**options)(compute)
@@ -34,3 +34,10 @@ def run_tasks(compute: Callable[[Any], Any], jobs: Sequence[Any], scaling: Scali
     except RayError as error:
         what = f"{name} died: {str(error).strip().splitlines()[0]}"
         raise fail(what, str(logs), "free some memory, then: tenure resume RUN") from None
+
+
+def largest_node_cpus() -> int:
+    """Processors that a task may take at most, since it runs on one node."""
+    import ray
+
+    return max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1) or 1
