@@ -115,7 +115,7 @@ def _run(arguments: list[str], folder: Path, workspace: Workspace) -> int:
     """The command in a process of its own, with the job's own code."""
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "cluster", "--workspace", str(workspace.root), *arguments]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+    return subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
 def _taken(run_id: str, where: Path) -> TenureError:

@@ -41,7 +41,7 @@ def why_no_hosts() -> str | None:
 
 @dataclass
 class Hosts:
-    """Hosts by name, in the network 10.77.0.0/24; all see one disk."""
+    """Hosts by name, in the network 10.77.0.0/24; all see one disk, but for the folder where Ray keeps its session."""
 
     tag: str
     addresses: dict[str, str]
@@ -63,7 +63,7 @@ class Hosts:
     def start(self, host: str, *command: str, token: str | None = TOKEN) -> subprocess.Popen[str]:
         """A process on a host."""
         process = subprocess.Popen(
-            ["ip", "netns", "exec", f"{self.tag}{host}", *command],
+            ["ip", "netns", "exec", f"{self.tag}{host}", *self._own_disk(host), *command],
             env=self.environment(token),
             cwd=self.scratch,
             stdout=subprocess.PIPE,
@@ -72,6 +72,13 @@ class Hosts:
         )
         self.processes.append(process)
         return process
+
+    def _own_disk(self, host: str) -> list[str]:
+        """What runs a command with a folder of the host's own where Ray keeps its session."""
+        own, seen = self.scratch / f"disk-{host}", self.scratch / "ray"
+        for folder in (own, seen):
+            folder.mkdir(exist_ok=True)
+        return ["sh", "-c", 'mount --bind "$1" "$2" && shift 2 && exec "$@"', "sh", str(own), str(seen)]
 
     def tenure(self, *arguments: str, token: str | None = TOKEN) -> subprocess.Popen[str]:
         """The command line on the host that is no part of the cluster."""

@@ -38,7 +38,7 @@ def gcp(command: str, spec: Path, run_id: str, scaling: Scaling, settings: Setti
 
 def _gcp_node(machine: str, settings: Settings) -> dict[str, Any]:
     disk = {"boot": True, "autoDelete": True, "type": "PERSISTENT"}
-    disk["initializeParams"] = {"diskSizeGb": 200, "sourceImage": settings.image}  # type: ignore[assignment]
+    disk["initializeParams"] = {"diskSizeGb": 200, "sourceImage": settings.image}
     return {"machineType": machine, "disks": [disk]}
 
 
