@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from cluster.machines import Node, nodes_of
 from cluster.packing import Packed, pack
 from training.errors import TenureError, fail
 
@@ -149,6 +150,15 @@ def stop(run_id: str, address: str) -> Job:
     while (job := _known(client, run_id, address)).state not in _ENDED:
         time.sleep(0.5)
     return job
+
+
+def nodes_at(address: str) -> list[Node]:
+    """The nodes of a cluster, by its dashboard."""
+    client = connect(address)
+    with _answers(client):
+        reply = client._do_request("GET", "/nodes?view=summary")
+        reply.raise_for_status()
+        return nodes_of(reply.json()["data"]["summary"])
 
 
 def connect(address: str) -> Any:
