@@ -55,13 +55,13 @@ def plan_run(spec: RunSpec, workspace: Workspace) -> tuple[Plan, Path]:
 
 def check_tasks(spec: RunSpec) -> None:
     """Load the tasks of lm-evaluation-harness that are suites, with their data; refuse all that cannot be, at once."""
-    from training.evaluation.harness_tasks import load_task
+    from training.evaluation.harness_tasks import load_tasks
 
     problems: list[Problem] = []
     for suite in spec.suites.every:
         if isinstance(suite, Harness):
             try:
-                load_task(suite)
+                load_tasks(suite)
             except TenureError as error:
                 problems += error.problems
     raise_all(problems)

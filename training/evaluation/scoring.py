@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from training.data.locations import hash_data
 from training.data.tokens import text_ids
 from training.errors import fail
 from training.evaluation.kl import kl_to_base
-from training.evaluation.metrics import ANSWER_METRICS, NATS
+from training.evaluation.metrics import NATS, worth_of
 from training.evaluation.scorecard import Probe
 from training.evaluation.suites import RenderedItem, context_ids, render_item
 from training.models import hash_file, hash_folder
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 48
 _PROBE_SENTENCE = "The sun rises in the east, and it sets in the west."
-_SCORING_VERSION = 4
+_SCORING_VERSION = 5
 _DIVERGED = "the training diverged: lower training.learning_rate, or set training.precision: fp32"
 
 
@@ -130,8 +131,21 @@ def score_model(job: ScoreJob) -> float:
 
 def ask_suites(spec: RunSpec, language_model: HarnessModel) -> tuple[dict[str, list[Answered]], tuple[Probe, ...]]:
     """A loaded model's answers to every suite of a spec by the suite's name, and its probes."""
-    suites = {suite.name: _score_suite(suite, language_model) for suite in spec.suites.every}
+    suites = {suite.name: _checked(suite, _score_suite(suite, language_model)) for suite in spec.suites.every}
     return suites, tuple(Probe.model_validate(probe) for probe in _probe(spec.suites.all, language_model))
+
+
+def _checked(suite: AnySuite, answers: list[Answered]) -> list[Answered]:
+    """The answers, whose scores are numbers: a mean over one that is none says nothing.
+
+    Raises:
+        TenureError: one is none.
+    """
+    for index, answer in enumerate(answers):
+        if not math.isfinite(answer.score):
+            what = f"the model gives item {index} a score that is no finite number ({answer.score})"
+            raise fail(what, suite.name, _DIVERGED)
+    return answers
 
 
 def held_model(model: Any, base: Path) -> HarnessModel:
@@ -253,7 +267,7 @@ def _harness_task(suite: FileSuite, rendered: list[RenderedItem], language_model
 
 def _answering_settings(suite: Answering) -> dict[str, Any]:
     def process(document: dict[str, Any], results: list[str]) -> dict[str, float]:
-        return {"score": ANSWER_METRICS[type(suite)](suite, results[0], document["target"]).score}
+        return {"score": worth_of(suite, results[0], document["target"]).score}
 
     return {
         "output_type": "generate_until",
@@ -299,7 +313,7 @@ def _answered(suite: FileSuite, item: SuiteItem, sample: dict[str, Any]) -> Answ
         score, size = float(sample["score"]), float(sample["doc"]["size"])
         return Answered(item.prompt, item.completion, f"{score:.4f} {NATS[suite.metric]}", score, size)
     answer = str(sample["filtered_resps"][0])
-    worth = ANSWER_METRICS[type(suite)](suite, answer, item.completion)
+    worth = worth_of(suite, answer, item.completion)
     chance = 1 / len(suite.labels) if isinstance(suite, Classification) else 0.0
     return Answered(item.prompt, item.completion, answer, worth.score, 1.0, chance, worth.readable)
 
