@@ -13,7 +13,7 @@ from tiny_sequence import REPLAY, TASKS, task, write_sequence
 from training.models import hash_folder
 from training.sequences.folder import SequenceFolder
 from training.sequences.result import read_result
-from training.workspace import Workspace
+from training.workspace import RunFolder, Workspace
 
 KEPT = 0
 
@@ -25,14 +25,14 @@ def test_a_killed_sequence_goes_on_where_it_stopped(tiny_model: Path, tmp_path: 
     workspace = Workspace.at(tmp_path / "workspace")
     command = Command.start("sequence", path, workspace=workspace.root)
     try:
-        command.wait_for(4, workspace.run(f"tiny-{second}-1"))
+        command.wait_for(4, RunFolder(workspace.runs / f"tiny-{second}-1"))
         os.kill(command.process.pid, signal.SIGKILL)
         for process in command.survivors():
             process.kill()
         assert command.process.wait(60) == -signal.SIGKILL
     finally:
         command.end()
-    learned = workspace.run(f"tiny-{first}-1")
+    learned = RunFolder(workspace.runs / f"tiny-{first}-1")
     before = hash_folder(learned.artifact), learned.scorecard.stat().st_mtime_ns, learned.metrics.read_bytes()
 
     resumed = Command.start("resume", "tiny-1", workspace=workspace.root)
@@ -41,7 +41,9 @@ def test_a_killed_sequence_goes_on_where_it_stopped(tiny_model: Path, tmp_path: 
     folder = SequenceFolder(workspace.root / "sequences" / "tiny-1")
     assert folder.runs() == {first: f"tiny-{first}-1", second: f"tiny-{second}-1"}
     assert sorted(run.name for run in workspace.runs.iterdir()) == sorted(folder.runs().values())
-    rows = [json.loads(line) for line in workspace.run(f"tiny-{second}-1").metrics.read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in RunFolder(workspace.runs / f"tiny-{second}-1").metrics.read_text().splitlines()
+    ]
     (went_on,) = [row["step"] for row in rows if row["kind"] == "resume"]
     assert went_on >= 2  # a checkpoint every two steps
     result = read_result(folder.result)
