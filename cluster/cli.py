@@ -332,12 +332,15 @@ def templates() -> None:
 
 @cli.command()
 @click.argument(
-    "of", type=click.Choice(["spec", "scorecard", "comparison", "pooled-seeds", "sweep-result"]), default="spec"
+    "of",
+    type=click.Choice(["spec", "sweep", "scorecard", "comparison", "pooled-seeds", "sweep-result"]),
+    default="spec",
 )
 @click.option("--sequence", "of_sequence", is_flag=True, help="Of a sequence of tasks.")
 def schema(of: str, of_sequence: bool) -> None:
-    """Print the JSON Schema of a spec, for editors; or of a scorecard, of what compare --json prints, of a sweep."""
+    """Print the JSON Schema of a spec, of a run or a sweep, for editors; or of the JSON that other commands print."""
     from sweeps.result import SweepResult
+    from sweeps.spec import SweepSpec
     from training.evaluation.comparison import Comparison
     from training.evaluation.pooling import PooledSeeds
     from training.evaluation.scorecard import Scorecard
@@ -346,6 +349,7 @@ def schema(of: str, of_sequence: bool) -> None:
 
     models: dict[str, type[BaseModel]] = {
         "spec": RunSpec,
+        "sweep": SweepSpec,
         "scorecard": Scorecard,
         "comparison": Comparison,
         "pooled-seeds": PooledSeeds,

@@ -11,10 +11,9 @@ from sweeps.folder import Record
 from sweeps.measures import Measures
 from sweeps.presets import amounts
 from sweeps.result import Trial
-from sweeps.spec import SweepSpec
+from sweeps.steering import hopeless, keeps, score_of
 from sweeps.trial import MOST_ATTEMPTS, TrialJob, TrialRun, cause_of
 from training.errors import fail
-from training.evaluation.judge import threshold_of
 from training.faults import is_out_of_memory
 from training.quiet import be_quiet
 from training.spec import RunSpec
@@ -132,7 +131,8 @@ class TrialActor(Trainable):  # type: ignore[misc]
         last = trial.curve[-1] if trial.curve else None
         gain, retention = (last.gain or 0.0, last.retention or 0.0) if last else (WORST, 0.0)
         told = {"trial": trial.name, "rung": trial.rung, "resource": self.bench.sweep.reduction**trial.rung}
-        figures = {"gain": gain, "retention": retention, "score": gain, "kept": False}
+        score = last.score if last and last.score is not None else WORST
+        figures = {"gain": gain, "retention": retention, "score": score, "kept": False}
         return {**told, **figures, "tokens": trial.tokens, "gpu_hours": trial.gpu_hours, "done": True}
 
     def _never_begun(self, cause: str) -> Trial:
@@ -149,36 +149,8 @@ class TrialActor(Trainable):  # type: ignore[misc]
             seconds=0.0,
             gpu_hours=0.0,
             attempts=attempts,
+            rerun_of=self.job.rerun_of,
         )
-
-
-def keeps(measures: Measures) -> bool:
-    """Whether every retention suite keeps its promise (at a rung, gains are still to come)."""
-    return all(suite.state != "broken" for suite in measures.suites if suite.role == "retention")
-
-
-def score_of(measures: Measures, sweep: SweepSpec) -> float:
-    """What is maximised by one figure: the gain, where the retention is kept; what breaks it comes after all that keep
-    it, by its retention. For `pareto` the area that the point dominates alone."""
-    gain, retention = measures.gain.value, measures.retention.value
-    if sweep.objective == "pareto":
-        return max(0.0, gain) * retention
-    return gain if keeps(measures) else retention - 1000.0
-
-
-def hopeless(spec: RunSpec, sweep: SweepSpec, measures: Measures) -> str | None:
-    """Why a trial cannot keep the contract any more; None while it may.
-
-    A suite whose interval lies wholly beyond `stop_at_loss` times the loss that is allowed will not come back.
-    """
-    if sweep.stop_at_loss is None:
-        return None
-    allowed = {suite.name: threshold_of(suite, "retention", spec.contract) for suite in spec.suites.retention}
-    for suite in measures.suites:
-        if suite.role == "retention" and suite.change.high < -sweep.stop_at_loss * allowed[suite.name]:
-            lost, most = -suite.change.value, allowed[suite.name]
-            return f"cannot keep the contract: {suite.name} lost {lost:.4f} already, and {most:g} is allowed"
-    return None
 
 
 def refuse_larger(spec: RunSpec) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from sweeps.preparing import plan_strategies, settle, share
 from sweeps.presets import amounts, strategies
 from sweeps.pricing import resources
 from sweeps.report import write_sweep_report
-from sweeps.result import SweepResult, write_result
+from sweeps.result import SweepResult, Trial, write_result
 from sweeps.space import Setting, draw, settings
 from sweeps.spec import SweepSpec
 from sweeps.tracking import log_sweep
@@ -131,7 +132,7 @@ def interrupted(folder: SweepFolder) -> list[dict[str, Any]]:
         name = file.name.removesuffix(".started.json")
         if folder.read(name) is None:
             note = folder.started(name) or {}
-            found.append({key: note[key] for key in ("name", "strategy", "values", "seed")})
+            found.append({key: note[key] for key in ("name", "strategy", "values", "seed", "rerun_of")})
     return found
 
 
@@ -156,7 +157,7 @@ def try_jobs(
         return
     plain = [{**asdict(job), "whole": whole} for job in left]
     config = _config(folder, workspace) | {"job": tune.grid_search(plain)}
-    _tune(sweep, folder, watch, config, scheduler=None if whole else _scheduler(sweep), samples=1, whole=whole)
+    _tune(sweep, folder, watch, config, scheduler=None if whole else _scheduler(sweep, folder), samples=1, whole=whole)
 
 
 def _ask_optuna(sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, watch: Watch) -> None:
@@ -184,7 +185,7 @@ def _ask_optuna(sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, wat
         study_name=folder.id,
         storage=JournalStorage(JournalFileBackend(str(folder.study))),
     )
-    _tune(sweep, folder, watch, {}, scheduler=_scheduler(sweep), samples=left, searcher=searcher)
+    _tune(sweep, folder, watch, {}, scheduler=_scheduler(sweep, folder), samples=left, searcher=searcher)
 
 
 def _suggested(sweep: SweepSpec, trial: Any) -> TrialJob:
@@ -209,15 +210,18 @@ def _config(folder: SweepFolder, workspace: Workspace) -> dict[str, Any]:
     return {"workspace": str(workspace.root), "folder": str(folder.path)}
 
 
-def _scheduler(sweep: SweepSpec) -> Any:
-    """Successive halving by rungs of equal tokens; the rungs' lengths grow by the reduction factor."""
+def _scheduler(sweep: SweepSpec, folder: SweepFolder) -> Any:
+    """Successive halving by rungs of equal tokens; the rungs' lengths grow by the reduction factor.
+
+    It is told of the trials that ended before, so that a resumed sweep measures the others against them.
+    """
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
     rungs = amounts(sweep).rungs
     if rungs == 1:
         return FIFOScheduler()
     most = sweep.reduction ** (rungs - 1)
-    return ASHAScheduler(
+    halving = ASHAScheduler(
         time_attr="resource",
         metric="score",
         mode="max",
@@ -226,6 +230,20 @@ def _scheduler(sweep: SweepSpec) -> Any:
         reduction_factor=sweep.reduction,
         stop_last_trials=False,
     )
+    for record in folder.records():
+        _remember(halving, sweep, record.trial)
+    return halving
+
+
+def _remember(halving: Any, sweep: SweepSpec, ended: Trial) -> None:
+    """Tell a scheduler what a trial that ended before was at each of its rungs."""
+    if ended.rerun_of is None:
+        named = SimpleNamespace(trial_id=f"before-{ended.name}")
+        halving.on_trial_add(None, named)
+        for seen in ended.curve:
+            if seen.score is not None:
+                halving.on_trial_result(None, named, {"resource": sweep.reduction**seen.rung, "score": seen.score})
+        halving.on_trial_remove(None, named)
 
 
 def _tune(

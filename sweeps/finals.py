@@ -51,7 +51,7 @@ def _nominees(sweep: SweepSpec, folder: SweepFolder, result: SweepResult) -> lis
     file = folder.path / "finalists.json"
     if file.is_file():
         return [Point.model_validate(point) for point in read_json(file)]
-    chosen = nominate(result.points, amounts(sweep).finalists)
+    chosen = nominate(result.points, amounts(sweep).finalists, result.full_strategy)
     write_json(file, [point.model_dump(mode="json") for point in chosen])
     return chosen
 
@@ -79,7 +79,7 @@ def _rerun(
         assert record is not None
         for seed, name in _trials_of(sweep, point).items():
             if name != point.trial:
-                jobs.append(TrialJob(name, point.strategy, dict(record.trial.config), seed))
+                jobs.append(TrialJob(name, point.strategy, dict(record.trial.config), seed, rerun_of=point.trial))
     try_jobs(jobs, sweep, folder, workspace, Watch(sweep, folder, workspace, console), whole=True)
 
 

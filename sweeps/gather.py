@@ -28,7 +28,8 @@ def gather(sweep: SweepSpec, folder: SweepFolder, notes: tuple[str, ...] = ()) -
         retention_suites=tuple(suite.name for suite in suites.retention),
         dimensions=dimensions(sweep),
         trials=tuple(record.trial for record in records),
-        points=tuple(point for record in records for point in record.points),
+        # Other seeds of a setting are for its interval: on the front they would let it try its luck again.
+        points=tuple(point for record in records if record.trial.rerun_of is None for point in record.points),
         full_strategy=plain_full(sweep),
         search=describe(sweep),
         budget=Amount(**sweep.budget.model_dump()),

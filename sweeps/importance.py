@@ -68,7 +68,7 @@ def importances(result: SweepResult) -> list[Importance]:
 def importance(result: SweepResult, measure: Measure, strategy: str | None = None) -> Importance:
     """The shares of one measure, over all strategies or within one."""
     rung, values = _measured_at(result, measure)
-    trials = [trial for trial in _distinct(result.trials) if trial.name in values]
+    trials = [trial for trial in _distinct(result.searched) if trial.name in values]
     trials = [trial for trial in trials if strategy in (None, trial.strategy)]
     columns = _columns(result, trials, strategy)
     outcome = np.array([values[trial.name] for trial in trials])
@@ -83,7 +83,7 @@ def _measured_at(result: SweepResult, measure: Measure) -> tuple[int, dict[str, 
     Later rungs hold the survivors of a choice by that very measure, and would show less than there is.
     """
     by_rung: dict[int, dict[str, float]] = {}
-    for trial in result.trials:
+    for trial in result.searched:
         for seen in trial.curve:
             value = getattr(seen, measure)
             if value is not None:
@@ -98,7 +98,7 @@ def _measured_at(result: SweepResult, measure: Measure) -> tuple[int, dict[str, 
 
 
 def _distinct(trials: Sequence[Trial]) -> list[Trial]:
-    """One trial a setting: finalists' further seeds would count it several times."""
+    """One trial a setting, which a space of few choices may draw several times."""
     first: dict[tuple[str, str], Trial] = {}
     for trial in trials:
         first.setdefault((trial.strategy, repr(sorted(trial.config.items()))), trial)

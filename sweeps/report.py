@@ -99,7 +99,7 @@ def strategy_rows(result: SweepResult, price: float | None) -> list[StrategyRow]
         rows.append(
             StrategyRow(
                 strategy=strategy,
-                trials=_states([trial.state for trial in trials]),
+                trials=_states([trial.state for trial in trials if trial.rerun_of is None]),
                 best_gain=words.gain_text(result, best.gain.value) if best else "–",
                 best_kept=words.retention_text(best.retention.value) if best else "–",
                 on_front=sum(point.strategy == strategy for point in front),

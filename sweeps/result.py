@@ -59,7 +59,10 @@ class Suite(_Record):
 
 
 class RungMeasure(_Record):
-    """What a trial was measured to be at a rung, on validation; None where it was not measured."""
+    """What a trial was measured to be at a rung, on validation; None where it was not measured.
+
+    `score` is what the search maximises (sweeps/steering.py).
+    """
 
     rung: int
     tokens: int
@@ -68,6 +71,7 @@ class RungMeasure(_Record):
     retention: float | None = None
     kl_to_base: float | None = None
     loss: float | None = None
+    score: float | None = None
 
 
 TrialState = Literal["finished", "stopped", "failed"]
@@ -77,6 +81,7 @@ class Trial(_Record):
     """One trial: what was tried (`config` by dotted path of the spec), how far it came, and what it cost.
 
     `cause` says why it was stopped or why it failed. `attempts` counts the first one. `run` names its run folder.
+    `rerun_of` names the trial whose setting a finalist tries again under another seed: the search did not draw it.
     """
 
     name: str
@@ -92,6 +97,7 @@ class Trial(_Record):
     curve: tuple[RungMeasure, ...] = ()
     attempts: int = 1
     run: str | None = None
+    rerun_of: str | None = None
 
     @model_validator(mode="after")
     def _has_a_cause(self) -> Trial:
@@ -233,6 +239,11 @@ class SweepResult(_Record):
         if named - known:
             raise ValueError(f"points or finalists name trials that are not there: {', '.join(sorted(named - known))}")
         return self
+
+    @property
+    def searched(self) -> tuple[Trial, ...]:
+        """The trials of the search, without those that finalists were tried again by."""
+        return tuple(trial for trial in self.trials if trial.rerun_of is None)
 
     def trial(self, name: str) -> Trial:
         return next(trial for trial in self.trials if trial.name == name)

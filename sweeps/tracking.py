@@ -81,7 +81,7 @@ def _sweep_metrics(result: SweepResult, front: list[Point]) -> Iterator[tuple[st
     yield "hypervolume", hypervolume(map(place_of, front), REFERENCE)
     yield "front_points", float(len(front))
     for state in ("finished", "stopped", "failed"):
-        yield f"trials_{state}", float(sum(trial.state == state for trial in result.trials))
+        yield f"trials_{state}", float(sum(trial.state == state for trial in result.searched))
     yield "gpu_hours", result.spent.gpu_hours or 0.0
     yield "tokens", float(result.spent.tokens or 0)
     winner, full = winning(result), best_full(result)

@@ -24,6 +24,7 @@ from sweeps.measures import Measures, measure
 from sweeps.presets import amounts
 from sweeps.result import Point, RungMeasure, Trial
 from sweeps.space import Setting, run_spec
+from sweeps.steering import score_of
 from training.data.prepare import Prepared, load_prepared
 from training.errors import TenureError, fail
 from training.evaluation import scoring
@@ -41,12 +42,13 @@ MOST_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class TrialJob:
-    """A trial as plain values. `alpha` rows of finalists are scored as those of any trial."""
+    """A trial as plain values; `rerun_of` as in sweeps.result.Trial."""
 
     name: str
     strategy: str
     values: dict[str, Any]
     seed: int
+    rerun_of: str | None = None
 
 
 @dataclass
@@ -196,6 +198,7 @@ class TrialRun:
                 gain=measures.gain.value,
                 retention=measures.retention.value,
                 kl_to_base=kl_of(card),
+                score=score_of(measures, self.bench.sweep),
             )
         )
         note = self.trial("stopped", rung, "it was stopped").model_dump(mode="json")
@@ -223,6 +226,7 @@ class TrialRun:
             curve=tuple(self.curve),
             attempts=self.attempts,
             run=self.run.id,
+            rerun_of=self.job.rerun_of,
         )
 
     def track(self, trial: Trial, points: tuple[Point, ...] = ()) -> None:

@@ -18,10 +18,10 @@ from training.workspace import Workspace, read_json
 
 
 def amount_spent(folder: SweepFolder) -> Amount:
-    """What the trials that have ended took."""
+    """What the trials that have ended took; those of the search alone are counted, finalists come on top."""
     trials = [record.trial for record in folder.records()]
     return Amount(
-        trials=len(trials),
+        trials=sum(trial.rerun_of is None for trial in trials),
         gpu_hours=sum(trial.gpu_hours for trial in trials),
         hours=_hours(folder),
         tokens=sum(trial.tokens for trial in trials),
@@ -170,7 +170,7 @@ class Watch(Callback):  # type: ignore[misc]
             started = self._folder.started(name)
             if started is None:
                 return  # it never began: a resumed sweep begins it
-            kept = {key: started[key] for key in ("name", "strategy", "seed", "attempts")}
+            kept = {key: started[key] for key in ("name", "strategy", "seed", "attempts", "rerun_of")}
             nothing = {"rung": 0, "tokens": 0, "seconds": 0.0, "gpu_hours": 0.0}
             trial = Trial.model_validate(
                 {**kept, **nothing, "config": started["values"], "state": state, "cause": cause}

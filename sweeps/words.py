@@ -89,7 +89,7 @@ def headline(result: SweepResult) -> tuple[str, str]:
         open_ = "" if winner.contract == "kept" else " (contract undecided)"
         return winner.contract, f"Winner: {described(result.winner)}{open_}"
     if result.finished is None:
-        return "undecided", f"Under way: {len(result.trials)} trials so far, no winner yet"
+        return "undecided", f"Under way: {len(result.searched)} trials so far, no winner yet"
     if not result.finalists and any(point.contract == "kept" for point in on_validation(result.points)):
         return "undecided", "No winner: no finalist was run under further seeds"
     return "broken", "No winner: nothing that was tried keeps the contract"
@@ -224,9 +224,12 @@ def budget_rows(result: SweepResult, price: float | None) -> list[tuple[str, str
     """What was spent, and of how much."""
     spent, asked = result.spent, result.budget
     rows = [
-        ("trials", _of(str(spent.trials or len(result.trials)), None if asked.trials is None else str(asked.trials))),
+        ("trials", _of(str(len(result.searched)), None if asked.trials is None else str(asked.trials))),
         ("tokens", _of(tokens_text(spent.tokens or 0), None if asked.tokens is None else tokens_text(asked.tokens))),
     ]
+    reruns = len(result.trials) - len(result.searched)
+    if reruns:
+        rows.insert(1, ("finalists again", f"{reruns} under other seeds"))
     if _gpu(spent) or asked.gpu_hours:
         most = None if asked.gpu_hours is None else hours_text(asked.gpu_hours)
         rows.append(("GPU time", _of(hours_text(_gpu(spent)), most)))

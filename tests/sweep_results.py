@@ -214,7 +214,12 @@ def _finalists(winners: list[Point], points: list[Point], trials: list[Trial]) -
     most = max((p for p in points if p.strategy == "full" and p.alpha is None), key=lambda p: p.gain.value)
     for chosen in [*(p for p in best.values() if p.strategy != "full"), most][:6]:
         original = by_name[chosen.trial]
-        again = [original.model_copy(update={"name": f"{original.name}-seed-{seed}", "seed": seed}) for seed in (1, 2)]
+        again = [
+            original.model_copy(
+                update={"name": f"{original.name}-seed-{seed}", "seed": seed, "rerun_of": original.name}
+            )
+            for seed in (1, 2)
+        ]
         reruns += again
         names = (original.name, *(trial.name for trial in again))
         kept = chosen.contract == "kept"

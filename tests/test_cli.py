@@ -65,6 +65,15 @@ def test_the_schema_is_one_that_the_tiny_spec_keeps(tmp_path: Path) -> None:
     jsonschema.validate(data, schema)
 
 
+def test_the_schema_of_sweeps_is_one_that_the_example_keeps(tmp_path: Path) -> None:
+    schema = json.loads(run_tenure(tmp_path, "schema", "sweep").stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    data, _ = read_yaml(ROOT / "examples" / "sweep" / "quick.yaml")
+    jsonschema.validate(data, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**data, "preset": "slow"}, schema)
+
+
 def test_check_shows_the_plan_and_the_tokens_that_carry_loss(tiny_model: Path, tmp_path: Path) -> None:
     write_tiny_spec(tmp_path, tiny_model)
     done = run_tenure(tmp_path, "check", "spec.yaml")

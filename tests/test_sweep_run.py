@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -96,6 +97,28 @@ def test_a_resumed_sweep_does_nothing_twice(swept: Swept) -> None:
     assert {file.name: file.stat().st_mtime_ns for file in folder.trials.iterdir()} == before
     assert {trial.name for trial in again.trials} == {trial.name for trial in result.trials}
     assert read_result(folder.result) == again
+
+
+def test_a_resumed_search_measures_trials_against_those_before(swept: Swept) -> None:
+    folder, _, _ = swept
+    sweep = folder.read_spec().model_copy(update={"scheduler": "asha", "reduction": 2})
+    best = max(seen.score or 0.0 for record in folder.records() for seen in record.trial.curve if seen.rung == 0)
+    halving, fresh = driver._scheduler(sweep, folder), SimpleNamespace(trial_id="fresh")
+    halving.on_trial_add(None, fresh)
+    assert halving.on_trial_result(None, fresh, {"resource": 1, "score": best - 1000.0}) == "STOP"
+    alone = driver._scheduler(sweep, SweepFolder(folder.path / "empty"))
+    alone.on_trial_add(None, fresh)
+    assert alone.on_trial_result(None, fresh, {"resource": 1, "score": best - 1000.0}) == "CONTINUE"
+
+
+def test_other_seeds_of_a_setting_are_no_trials_of_the_search(swept: Swept) -> None:
+    _, _, result = swept
+    again = [trial for trial in result.trials if trial.rerun_of]
+    assert [(trial.rerun_of, trial.seed) for trial in again] == [(result.finalists[0].trial, 1)] + [
+        ("trial-000", 1) for _ in result.finalists[1:]
+    ]
+    assert result.spent.trials == len(result.searched) == 3
+    assert not {point.trial for point in result.points} & {trial.name for trial in again}
 
 
 def test_a_name_is_taken_once(swept: Swept) -> None:

@@ -94,6 +94,15 @@ class ExactMatch(_Answering):
     ignore_case: Flag = False
 
 
+class GreedyMatch(_Answering):
+    """Share of items whose completion, to its end and token for token, greedy decoding would answer.
+
+    What `exact_match` tells of most tasks, from one forward pass instead of one a token.
+    """
+
+    metric: Literal["greedy_match"]
+
+
 class TokenF1(_Answering):
     """Mean F1 of the answer's and the completion's words, normalised as in SQuAD (arXiv 1606.05250)."""
 
@@ -335,7 +344,7 @@ Answering = (
     | Length
     | Agreement
 )
-FileSuite = Answering | Accuracy | CrossEntropy | Perplexity
+FileSuite = Answering | GreedyMatch | Accuracy | CrossEntropy | Perplexity
 AnySuite = FileSuite | Harness
 Suite = Annotated[AnySuite, Field(discriminator="metric"), BeforeValidator(_named_by_harness)]
 

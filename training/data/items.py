@@ -12,7 +12,7 @@ from training.data.rows import Faults, non_empty, rows_of, turns_of
 from training.data.shapes import as_messages
 from training.data.templating import column_of, fill, fill_text
 from training.data.turns import Messages
-from training.suite_spec import Accuracy, Answering, Classification, CrossEntropy, FileSuite, Perplexity
+from training.suite_spec import Accuracy, Answering, Classification, CrossEntropy, FileSuite, GreedyMatch, Perplexity
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ def _index_of(answer: str, choices: list[str] | tuple[str, ...]) -> int:
 _READERS: dict[type, Callable[[Any, Row, str], SuiteItem]] = {
     **dict.fromkeys(get_args(Answering), _answered_item),
     Classification: _classified_item,
+    GreedyMatch: _answered_item,
     Accuracy: _choice_item,
     CrossEntropy: _likelihood_item,
     Perplexity: _likelihood_item,

@@ -68,6 +68,10 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             self._rows.halve()
         return found
 
+    def likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        """As Likelihoods.of(), in batches by memory."""
+        return self._likelihoods.of(pairs)
+
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list[Any]:
         """Log-probabilities of continuations that are encoded already, and whether greedy decoding gives them."""
         return self._likelihoods.of([(context, continuation) for _, context, continuation in requests])

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from training.errors import fail
 from training.evaluation.kl import kl_to_base
 from training.evaluation.metrics import NATS, worth_of
 from training.evaluation.scorecard import Probe
-from training.evaluation.suites import RenderedItem, context_ids, render_item
+from training.evaluation.suites import RenderedItem, context_ids, encode_item, render_item
 from training.models import hash_file, hash_folder
 from training.spec import RunSpec
 from training.suite_spec import (
@@ -36,6 +36,7 @@ from training.suite_spec import (
     Classification,
     CrossEntropy,
     FileSuite,
+    GreedyMatch,
     Harness,
     Perplexity,
     ValidJson,
@@ -233,11 +234,27 @@ def _score_suite(suite: AnySuite, language_model: HarnessModel) -> list[Answered
         return score_task(suite, language_model)
     items = read_items(suite)
     language_model.suite = suite
+    if isinstance(suite, GreedyMatch):
+        return _matched(suite, items, language_model)
     task = _harness_task(suite, [render_item(suite, item, language_model.tokenizer) for item in items], language_model)
     results = evaluate(language_model, {suite.name: task}, bootstrap_iters=0, log_samples=True)
     assert results is not None
     samples = sorted(results["samples"][suite.name], key=lambda sample: int(sample["doc_id"]))
     return [_answered(suite, item, sample) for item, sample in zip(items, samples, strict=True)]
+
+
+def _matched(suite: GreedyMatch, items: Sequence[SuiteItem], language_model: HarnessModel) -> list[Answered]:
+    """Whether greedy decoding gives each completion and its end token, as they would be trained on."""
+    encoded = [encode_item(suite, item, language_model.tokenizer, language_model.max_length) for item in items]
+    starts = [max(1, row.is_target.index(True)) for row in encoded]
+    asked = [(row.ids[:start], row.ids[start:]) for row, start in zip(encoded, starts, strict=True)]
+    found = zip(items, language_model.likelihoods(asked), strict=True)
+    return [
+        Answered(
+            item.prompt, item.completion, item.completion if same else f"another ({nats:.2f} nats)", float(same), 1.0
+        )
+        for item, (nats, same) in found
+    ]
 
 
 def _harness_task(suite: FileSuite, rendered: list[RenderedItem], language_model: HarnessModel) -> Any:

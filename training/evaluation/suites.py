@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from training.data.chat import render_prompt
 from training.data.encoding import Encoded, encode, spaced, wants_chat
 from training.data.items import SuiteItem
 from training.data.rows import Conversation
 from training.data.tokens import continued_ids, prompt_ids, text_ids
-from training.suite_spec import Accuracy, Answering, FileSuite
+from training.suite_spec import Accuracy, Answering, FileSuite, GreedyMatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def is_chat(suite: FileSuite, tokenizer: PreTrainedTokenizerBase, where: str) ->
 
 def encode_item(suite: FileSuite, item: SuiteItem, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Token ids of an item with loss on its right answer, cut on the left to max_length."""
-    answering = isinstance(suite, get_args(Answering))
+    answering = isinstance(suite, Answering | GreedyMatch)
     if answering and not item.turns and is_chat(suite, tokenizer, item.where):
         row = encode(tokenizer, _conversation(item), chat=True)
         return Encoded(row.ids[-max_length:], row.is_target[-max_length:])

@@ -13,6 +13,7 @@ from training.reporting.wise import WiseCurve
 MAX_TEXT_CHARACTERS = 2000
 _METRICS = {
     "exact_match": "exact match",
+    "greedy_match": "greedy match",
     "cross_entropy": "cross-entropy",
     "token_f1": "token F1",
     "rouge": "ROUGE",
