@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from commands import Command
 from tiny_sequence import REPLAY, TASKS, task, write_sequence
 
@@ -16,13 +17,17 @@ from training.sequences.result import read_result
 from training.workspace import RunFolder, Workspace
 
 KEPT = 0
+PATIENCE_S = 500.0
 
 
-def test_a_killed_sequence_goes_on_where_it_stopped(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_killed_sequence_goes_on_where_it_stopped(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL for the command and all that came of it, in the second task's steps: the first is not learned again."""
     first, second = list(TASKS)[:2]
     path = write_sequence(tmp_path, tiny_model, [task(first), task(second)], carry=[REPLAY])
     workspace = Workspace.at(tmp_path / "workspace")
+    monkeypatch.setattr("commands.WAIT_S", PATIENCE_S)  # two runs, one after the other
     command = Command.start("sequence", path, workspace=workspace.root)
     try:
         command.wait_for(4, RunFolder(workspace.runs / f"tiny-{second}-1"))
@@ -36,7 +41,7 @@ def test_a_killed_sequence_goes_on_where_it_stopped(tiny_model: Path, tmp_path: 
     before = hash_folder(learned.artifact), learned.scorecard.stat().st_mtime_ns, learned.metrics.read_bytes()
 
     resumed = Command.start("resume", "tiny-1", workspace=workspace.root)
-    assert resumed.finish() == KEPT, resumed.err
+    assert resumed.finish(PATIENCE_S) == KEPT, resumed.err
     assert (hash_folder(learned.artifact), learned.scorecard.stat().st_mtime_ns, learned.metrics.read_bytes()) == before
     folder = SequenceFolder(workspace.root / "sequences" / "tiny-1")
     assert folder.runs() == {first: f"tiny-{first}-1", second: f"tiny-{second}-1"}
