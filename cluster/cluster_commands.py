@@ -37,7 +37,7 @@ def cluster_group() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="A file, instead of standard output.")
 @click.pass_context
 def manifest(
-    context: click.Context, spec: Path, kind: str, run_id: str | None, out: Path | None, **settings: object
+    context: click.Context, /, spec: Path, kind: str, run_id: str | None, out: Path | None, **settings: object
 ) -> None:
     """Write what starts SPEC on a cluster of its own. --workspace is a folder there that every node sees."""
     from cluster.manifests.make import make_manifest

@@ -93,6 +93,6 @@ def _assumed(on_gpus: bool, best: Choice) -> str:
         why = "no GPU of a known kind is there" if on_gpus else "processors differ too much"
         return f"Memory is an estimate. Time is not estimated ({why}): the first steps tell it."
     return (
-        "Memory and time are estimates. Time assumes 44 % of peak for full tuning and 29 % for adapters, as measured on "
+        "Memory and time are estimates. Time assumes 44 % of peak for full tuning and 29 % for adapters, measured on "
         "H100 at 1.2 B and 8 B, one host, full batches; small models and other GPUs reach less."
     )

@@ -12,18 +12,28 @@ if TYPE_CHECKING:
 
 
 def application(args: dict[str, str]) -> Application:
-    """Base and tuned model of a run behind one OpenAI endpoint.
+    """What `tenure serve` deploys for a run, an alias or a serving spec, for all hosts to ask: keys are wanted.
 
     Args:
-        args: `workspace` and `run`.
+        args: `workspace`, and `run`.
 
     Raises:
         TenureError: there is no such run, it was not scored, or its artifact has changed since.
     """
     be_quiet()
-    from cluster.serving import served_models
+    from cluster.serving import fleet_of, read_serving_spec
     from serving.app import build_application
-    from training.evaluation.scorecard import read_scorecard
+    from serving.files import ServingFolder
+    from serving.spec import Access
 
-    run = Workspace.at(args["workspace"]).run(args["run"])
-    return build_application(served_models(run, read_scorecard(run.scorecard)))
+    workspace = Workspace.at(args["workspace"])
+    spec = read_serving_spec(args["run"], workspace, "0.0.0.0", None)
+    access = Access(
+        folder=ServingFolder(workspace.root / "serving").path,
+        keys=spec.keys,
+        host=spec.host,
+        limits=spec.limits,
+        moderation=spec.moderation,
+        price_per_hour=spec.price_per_hour,
+    )
+    return build_application(fleet_of(spec, workspace)[0], access)
