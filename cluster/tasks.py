@@ -24,7 +24,9 @@ def run_tasks(compute: Callable[[Any], Any], jobs: Sequence[Any], scaling: Scali
         return []
     cpus = min(os.cpu_count() or 1, int(ray.cluster_resources()["CPU"])) // len(jobs) or 1
     cpus = 1 if scaling.gpus_per_worker else cpus
-    options = {"num_cpus": cpus, "num_gpus": scaling.gpus_per_worker, "max_calls": 1, "max_retries": 1}
+    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": scaling.gpus_per_worker, "max_calls": 1, "max_retries": 1}
+    # Called from a trial of a sweep they would have to fit into what its own process claims.
+    options["scheduling_strategy"] = "DEFAULT"
     task = ray.remote(**options)(compute)
     try:
         return list(ray.get([task.remote(job) for job in jobs]))

@@ -13,10 +13,8 @@ from sweeps.presets import amounts
 from sweeps.result import Trial
 from sweeps.steering import hopeless, keeps, score_of
 from sweeps.trial import MOST_ATTEMPTS, TrialJob, TrialRun, cause_of
-from training.errors import fail
 from training.faults import is_out_of_memory
 from training.quiet import be_quiet
-from training.spec import RunSpec
 
 WORST = -1e9
 
@@ -151,14 +149,3 @@ class TrialActor(Trainable):  # type: ignore[misc]
             attempts=attempts,
             rerun_of=self.job.rerun_of,
         )
-
-
-def refuse_larger(spec: RunSpec) -> None:
-    """Refuse trials that do not fit one worker.
-
-    Raises:
-        TenureError: the base asks for several workers.
-    """
-    if spec.scaling.workers > 1:
-        what = f"a trial of {spec.scaling.workers} workers does not fit one process"
-        raise fail(what, "base: scaling.workers", "set scaling.workers: 1; trials run side by side instead")

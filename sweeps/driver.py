@@ -16,7 +16,7 @@ from sweeps.folder import SweepFolder, find_sweep, new_folder
 from sweeps.gather import gather
 from sweeps.preparing import plan_strategies, settle, share
 from sweeps.presets import amounts, strategies
-from sweeps.pricing import resources
+from sweeps.pricing import claims, needs
 from sweeps.report import write_sweep_report
 from sweeps.result import SweepResult, Trial, write_result
 from sweeps.space import Setting, draw, settings
@@ -47,9 +47,6 @@ def begin(sweep: SweepSpec, given: str, notes: Sequence[str], workspace: Workspa
     Raises:
         TenureError: a strategy cannot be run, or there is a sweep of that name.
     """
-    from sweeps.actor import refuse_larger
-
-    refuse_larger(sweep.run)
     if (workspace.root / "sweeps" / sweep.title).exists():
         new_folder(workspace, sweep.title)
     tokens = plan_strategies(sweep, workspace)
@@ -264,7 +261,7 @@ def _tune(
     from sweeps.actor import TrialActor
 
     tuner = tune.Tuner(
-        tune.with_resources(TrialActor, resources(sweep)),
+        tune.with_resources(TrialActor, claims(sweep)),
         param_space=config,
         tune_config=TuneConfig(
             num_samples=samples,
@@ -292,5 +289,5 @@ def _at_once(sweep: SweepSpec) -> int:
     """Trials side by side: as many as the cluster's GPUs (or processors) hold."""
     import ray
 
-    have, wants = ray.cluster_resources(), resources(sweep)
+    have, wants = ray.cluster_resources(), needs(sweep)
     return max(1, int(min(have.get(name, 0.0) / amount for name, amount in wants.items())))

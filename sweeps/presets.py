@@ -43,7 +43,7 @@ def amounts(spec: SweepSpec) -> Amounts:
     given = AMOUNTS[spec.preset or "standard"]
     return Amounts(
         trials=spec.budget.trials or given.trials,
-        rungs=spec.rungs or (1 if spec.scheduler == "none" else given.rungs),
+        rungs=spec.rungs or (1 if spec.scheduler == "none" or spec.run.scaling.workers > 1 else given.rungs),
         finalists=given.finalists if spec.finalists is None else spec.finalists,
         seeds=spec.seeds or given.seeds,
     )

@@ -118,9 +118,9 @@ class Watch(Callback):  # type: ignore[misc]
     def _never_came(self, seconds: float) -> TenureError:
         import ray
 
-        from sweeps.pricing import resources
+        from sweeps.pricing import claims
 
-        free, wants = ray.available_resources(), resources(self._sweep)
+        free, wants = ray.available_resources(), claims(self._sweep)
         short = {name: free.get(name, 0.0) for name, amount in wants.items() if free.get(name, 0.0) < amount}
         told = ", ".join(f"{wants[name]:g} {name} ({value:g} free)" for name, value in short.items()) or "a free node"
         what = f"no trial could start for {seconds:.0f} s: each waits for {told}"

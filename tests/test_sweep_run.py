@@ -121,6 +121,23 @@ def test_other_seeds_of_a_setting_are_no_trials_of_the_search(swept: Swept) -> N
     assert not {point.trial for point in result.points} & {trial.name for trial in again}
 
 
+def test_a_trial_of_two_workers_is_trained_by_ray_train(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
+    workspace = Workspace.at(tmp_path / "workspace")
+    write_tiny_spec(tmp_path, tiny_model, training={"epochs": 1}, scaling={"workers": 2, "zero_stage": 1})
+    write_rows(tmp_path / "sums.jsonl", sums(24))
+    rates = {"training.learning_rate": [1e-3]}
+    sweep = {"name": "s", "base": "spec.yaml", "space": rates, "budget": {"trials": 1}, "finalists": 0}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**sweep, "alphas": [0.5], "contract": {"max_loss": 100.0}}), encoding="utf-8")
+    spec, notes = read_sweep(path, workspace)
+    folder = driver.begin(spec, path.read_text(encoding="utf-8"), notes, workspace)
+    result = driver.carry_on(folder, workspace, QUIET)
+    assert [(trial.state, trial.cause) for trial in result.trials] == [("finished", None)]
+    assert {point.alpha for point in result.points} == {None, 0.5}
+    plan = json.loads(workspace.run(f"{folder.id}-trial-000").plan.read_text(encoding="utf-8"))
+    assert (plan["workers"], plan["zero_stage"]) == (2, 1)
+
+
 def test_a_name_is_taken_once(swept: Swept) -> None:
     with pytest.raises(TenureError, match="there is a sweep 's' already"):
         new_folder(swept[1], swept[0].id)
