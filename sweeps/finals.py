@@ -59,9 +59,10 @@ def _named(point: Point) -> str:
 
 
 def _trials_of(sweep: SweepSpec, point: Point) -> dict[int, str]:
-    """The trials of a finalist by seed: the nominee itself stands for its own."""
+    """The trials of a finalist by seed: the nominee stands for its own, unless its setting changed on its way."""
+    stands = sweep.search != "pbt"
     return {
-        seed: point.trial if seed == point.seed else f"{point.trial}-seed-{seed}"
+        seed: point.trial if stands and seed == point.seed else f"{point.trial}-seed-{seed}"
         for seed in sorted({point.seed, *amounts(sweep).seeds})
     }
 
@@ -134,7 +135,7 @@ def _winner(
     done = dict(zip(best.seeds, best.trials, strict=True))
     cards = [_test_card(sweep, folder, workspace, name, best.alpha) for name in done.values()]
     test = _finalist(sweep, best.trial, best.strategy, best.alpha, done, cards, "test")
-    run = folder.run_of(workspace, best.trial)
+    run = folder.run_of(workspace, best.trial if best.trial in best.trials else best.trials[0])
     return Winner(
         trial=best.trial,
         strategy=best.strategy,

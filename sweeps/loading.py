@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sweeps.presets import strategies
+from sweeps.population import is_changeable
+from sweeps.presets import amounts, strategies
 from sweeps.space import check_space
 from sweeps.spec import SweepSpec
 from training.errors import Problem, raise_all
@@ -45,6 +46,19 @@ def load_sweep(
     return whole, check_space(whole)
 
 
+def _population_problems(sweep: SweepSpec) -> Iterator[Problem]:
+    given = amounts(sweep)
+    if sweep.run.scaling.workers > 1:
+        what = f"a trial of {sweep.run.scaling.workers} workers trains in one go, and takes over nothing on its way"
+        yield Problem(what, "search", "set scaling.workers: 1 in the base, or search otherwise")
+    if given.rungs < 2 or given.trials < 2:
+        what = f"a population of {given.trials} over {given.rungs} generations learns nothing from each other"
+        yield Problem(what, "search", "give rungs and budget.trials of 2 or more")
+    if not any(is_changeable(path) for strategy in strategies(sweep) for path in strategy.space):
+        what = "nothing of the space may change while a model is trained"
+        yield Problem(what, "space", "give training.learning_rate a range, or a protection's strength")
+
+
 def check_claims(sweep: SweepSpec) -> None:
     """Refuse trials of several workers where only those of one will do, and trials that claim more than others.
 
@@ -57,6 +71,8 @@ def check_claims(sweep: SweepSpec) -> None:
         if workers > 1 and asked:
             what = f"a trial of {workers} workers trains in one go, on GPUs of its own"
             problems.append(Problem(what, key, f"leave {key} out, or set scaling.workers: 1 in the base"))
+    if sweep.search == "pbt":
+        problems += _population_problems(sweep)
     paths = {path for strategy in strategies(sweep) for path in (*strategy.set, *strategy.space)}
     for path in sorted(paths):
         if path.startswith("scaling.") and path != "scaling.zero_stage":

@@ -18,7 +18,7 @@ def search_of(sweep: SweepSpec, tokens: int) -> Search:
     trials = len(settings(sweep)) if sweep.search == "grid" else given.trials
     return Search(
         trials=trials,
-        rungs=given.rungs,
+        rungs=1 if sweep.search == "pbt" else given.rungs,
         reduction=sweep.reduction,
         tokens_per_trial=tokens,
         finalists=min(given.finalists, trials),

@@ -21,10 +21,9 @@ from cluster.pipeline import begin_run, hash_training, plan_run, score_artifacts
 from sweeps.bench import Bench, hash_at
 from sweeps.folder import Record
 from sweeps.measures import Measures, measure
-from sweeps.presets import amounts
 from sweeps.result import Point, RungMeasure, Trial
 from sweeps.space import Setting, run_spec
-from sweeps.steering import score_of
+from sweeps.steering import score_of, steps_of
 from training.data.prepare import Prepared, load_prepared
 from training.errors import TenureError, fail
 from training.evaluation import scoring
@@ -44,13 +43,18 @@ MOST_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class TrialJob:
-    """A trial as plain values; `rerun_of` as in sweeps.result.Trial."""
+    """A trial as plain values; `rerun_of` as in sweeps.result.Trial.
+
+    Of population-based training: the generation to train, and the trial whose weights it starts from.
+    """
 
     name: str
     strategy: str
     values: dict[str, Any]
     seed: int
     rerun_of: str | None = None
+    generation: int | None = None
+    parent: str | None = None
 
 
 @dataclass
@@ -80,22 +84,37 @@ class TrialRun:
         started = time.monotonic()
         attempts = bench.folder.start(job.name, asdict(job))
         run = bench.folder.run_of(bench.workspace, job.name)
-        forget(bench, run)
-        run.path.mkdir(parents=True)
+        if not job.parent:
+            forget(bench, run)
+            run.path.mkdir(parents=True)
         with output_to(run.logs / "trial.log"):
             spec, plan, prepared = settled(bench, job, micro)
             given = spec.model_dump(mode="json", exclude_none=True)
             write_text(run.spec_yaml, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
-            about = {"sweep": {"id": bench.folder.id, "trial": job.name, "strategy": job.strategy}}
-            begin_run(run, spec, plan, bench.workspace, about, bench.shared.mlflow_run)
+            if job.parent:
+                take_over(bench, job, spec, plan)
+            else:
+                about = {"sweep": {"id": bench.folder.id, "trial": job.name, "strategy": job.strategy}}
+                begin_run(run, spec, plan, bench.workspace, about, bench.shared.mlflow_run)
         made = cls(bench, job, spec, plan, run, attempts, started)
-        made.timings["plan"] = time.monotonic() - started
+        if job.parent:
+            made._remember()
+        made.timings["plan"] = made.timings.get("plan", 0.0) + time.monotonic() - started
         with made._timed("setup"), made._told():
             aids = ready_here(spec, prepared, bench, run.logs)
-            made.worker_job = make_job(spec, plan, prepared, run, hash_training(spec), aids)
+            decides = hash_training(spec) if job.generation is None else f"{bench.folder.id}/{job.strategy}"
+            made.worker_job = make_job(spec, plan, prepared, run, decides, aids)
             if not made.is_nested:
                 made.trainer = Trainer.start(Job(**made.worker_job), run, bench.load)
         return made
+
+    def _remember(self) -> None:
+        """What it cost and came to in the generations before."""
+        noted = self.bench.folder.noted(self.job.name)
+        assert noted is not None
+        before, timings = noted
+        self.tokens, self.curve, self.timings = before.tokens, list(before.curve), dict(timings)
+        self.started -= before.seconds
 
     @property
     def is_nested(self) -> bool:
@@ -107,7 +126,7 @@ class TrialRun:
         if self.is_nested:
             return self._advance_nested(rung)
         assert self.trainer is not None
-        last = steps_of(rung, self.bench, self.plan.steps)
+        last = steps_of(self.bench.sweep, rung, self.plan.steps)
         with self._timed("steps"), self._told():
             while self.trainer.step < last:
                 self.tokens += int(self.trainer.data.lengths[self.trainer.schedule.batch(self.trainer.step)].sum())
@@ -129,6 +148,14 @@ class TrialRun:
             fit(self.worker_job, self.spec.scaling, self.run)
         self.tokens = tokens_of(self.spec, self.plan, load_prepared(Path(self.worker_job["prepared"])))
         return self._finished(rung)
+
+    def hand_over(self, rung: int) -> None:
+        """Leave weights and optimizer for the next generation, and forget those of the one before the last."""
+        assert self.trainer is not None
+        with self._timed("export"), self._told():
+            self.trainer.save_to(generation_of(self.run, rung))
+            shutil.rmtree(generation_of(self.run, rung - 2), ignore_errors=True)
+        self.close()
 
     def _live_card(self) -> Scorecard:
         """Of the weights that are being trained, in the precision that they are trained in."""
@@ -226,8 +253,7 @@ class TrialRun:
                 score=score_of(measures, self.bench.sweep),
             )
         )
-        note = self.trial("stopped", rung, "it was stopped").model_dump(mode="json")
-        write_json(self.bench.folder.trials / f"{self.job.name}.rungs.json", note | {"timings": self.timings})
+        self.bench.folder.note(self.trial("stopped", rung, "it was stopped"), self.timings)
 
     @property
     def gpu_hours(self) -> float:
@@ -304,6 +330,22 @@ def artifact_at(run: RunFolder, alpha: float | None) -> Path:
     return target if target.is_dir() else interpolate(Path(spec_of(run).model), run.artifact, alpha, target)
 
 
+def generation_of(run: RunFolder, generation: int) -> Path:
+    """Where a trial leaves its weights and optimizer at the end of a generation."""
+    return run.path / "generations" / str(generation)
+
+
+def take_over(bench: Bench, job: TrialJob, spec: RunSpec, plan: Plan) -> None:
+    """Give a trial another setting, and the checkpoint of the trial that it goes on from as its own."""
+    assert job.generation is not None
+    assert job.parent is not None
+    run, parent = (bench.folder.run_of(bench.workspace, name) for name in (job.name, job.parent))
+    write_json(run.spec, spec.model_dump(mode="json"))
+    write_json(run.plan, asdict(plan))
+    run.checkpoints.unlink(missing_ok=True)
+    run.checkpoints.symlink_to(generation_of(parent, job.generation - 1).absolute())
+
+
 def forget(bench: Bench, run: RunFolder) -> None:
     """Throw away what an interrupted attempt left, and close it in the tracking store."""
     if run.path.is_dir():
@@ -312,13 +354,6 @@ def forget(bench: Bench, run: RunFolder) -> None:
 
             fail_tracking(bench.workspace, tracking_id_of(run), "interrupted, and begun again")
         shutil.rmtree(run.path)
-
-
-def steps_of(rung: int, bench: Bench, steps: int) -> int:
-    """The step that a rung ends at: rungs grow by the reduction factor, and the last one is the whole run."""
-    rungs = amounts(bench.sweep).rungs
-    share: int = bench.sweep.reduction ** (rungs - 1 - rung)
-    return max(1, -(-steps // share))
 
 
 # --------------------------------------------------------------------------------------------- equal tokens

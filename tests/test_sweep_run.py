@@ -138,6 +138,29 @@ def test_a_trial_of_two_workers_is_trained_by_ray_train(ray_cluster: None, tiny_
     assert (plan["workers"], plan["zero_stage"]) == (2, 1)
 
 
+def test_a_population_trains_its_generations_and_its_best_runs_again(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    workspace = Workspace.at(tmp_path / "workspace")
+    write_tiny_spec(tmp_path, tiny_model, training={"epochs": 1}, scaling={"zero_stage": 0})
+    write_rows(tmp_path / "sums.jsonl", sums(24))
+    sweep = {"name": "s", "base": "spec.yaml", "search": "pbt", "rungs": 2, "budget": {"trials": 2}, "seeds": [0]}
+    sweep |= {"space": {"training.learning_rate": {"low": 1e-4, "high": 1e-3, "log": True}}, "finalists": 1}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**sweep, "alphas": [], "contract": {"max_loss": 100.0}}), encoding="utf-8")
+    spec, notes = read_sweep(path, workspace)
+    folder = driver.begin(spec, path.read_text(encoding="utf-8"), notes, workspace)
+    result = driver.carry_on(folder, workspace, QUIET)
+    members = [(trial.name, trial.state, [one.rung for one in trial.curve]) for trial in result.searched]
+    assert members == [("trial-000", "finished", [0, 1]), ("trial-001", "finished", [0, 1])]
+    population = json.loads(folder.population.read_text(encoding="utf-8"))
+    parents = {member["parent"] for member in population["members"]}
+    assert (population["generation"], len(parents)) == (1, 1)
+    assert result.winner is not None
+    assert result.finalists[0].trials == (f"{result.winner.trial}-seed-0",)
+    assert result.winner.run == f"s-{result.winner.trial}-seed-0"
+
+
 def test_a_name_is_taken_once(swept: Swept) -> None:
     with pytest.raises(TenureError, match="there is a sweep 's' already"):
         new_folder(swept[1], swept[0].id)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from sweeps import driver
 from sweeps.actor import TrialActor
 from sweeps.folder import SweepFolder
 from sweeps.preparing import share
+from sweeps.spec import Budget
 from sweeps.trial import TrialJob
 from sweeps.watch import Budgeted, spent
 from training.worker import Trainer
@@ -50,9 +53,9 @@ def begun(
 Begun = tuple[SweepFolder, Workspace]
 
 
-def actor(begun: Begun, name: str, rate: float = 1e-3) -> TrialActor:
+def actor(begun: Begun, name: str, rate: float = 1e-3, **given: Any) -> TrialActor:
     folder, workspace = begun
-    job = TrialJob(name, "full", {"training.learning_rate": rate}, 0)
+    job = TrialJob(name, "full", {"training.learning_rate": rate}, 0, **given)
     config = {"workspace": str(workspace.root), "folder": str(folder.path), "job": {**asdict(job), "whole": False}}
     return TrialActor(config)
 
@@ -116,6 +119,43 @@ def test_a_trial_whose_record_stands_is_not_done_again(begun: Begun) -> None:
     with failing_once(0, AssertionError("it was trained again")):
         again = actor(begun, "again").step()
     assert (again["done"], again["score"]) == (True, told["score"])
+
+
+def test_a_losing_member_goes_on_from_the_winners_weights(begun: Begun) -> None:
+    folder, workspace = begun
+    pbt = {"search": "pbt", "budget": Budget(trials=2)}
+    with changed(begun, **pbt):
+        for name, rate in (("best", 1e-3), ("worst", 1e-4)):
+            told = actor(begun, name, rate, generation=0).step()
+            assert (told["done"], folder.read(name)) == (True, None)
+        at = json.loads(workspace.run(f"{folder.id}-best").plan.read_text(encoding="utf-8"))["steps"]
+        seen: list[int] = []
+        with watched_steps(seen):
+            told = actor(begun, "worst", 2e-3, generation=1, parent="best").step()
+        assert seen[0] == -(-at // 2)
+    record = folder.read("worst")
+    assert record is not None
+    assert (told["done"], record.trial.state, record.trial.config) == (
+        True,
+        "finished",
+        {"training.learning_rate": 2e-3},
+    )
+    assert [one.rung for one in record.trial.curve] == [0, 1]
+    assert record.trial.tokens > record.trial.curve[0].tokens > 0
+    spec = json.loads(workspace.run(f"{folder.id}-worst").spec.read_text(encoding="utf-8"))
+    assert spec["training"]["learning_rate"] == 2e-3
+
+
+@contextmanager
+def watched_steps(seen: list[int]) -> Iterator[None]:
+    real = Trainer.train_step
+
+    def step(trainer: Trainer) -> None:
+        seen.append(trainer.step)
+        real(trainer)
+
+    with mock.patch.object(Trainer, "train_step", step):
+        yield
 
 
 @pytest.mark.parametrize(("bound", "used"), [({"tokens": 100}, (100, 0.0)), ({"gpu_hours": 0.5}, (0, 0.5))])

@@ -314,6 +314,10 @@ class Trainer:
         checkpoint.save_checkpoint(self.folder.checkpoints, self.step, self._state, self.spec_hash, keep)
         self._log({"kind": "checkpoint", "step": self.step, "seconds": time.monotonic() - started})
 
+    def save_to(self, folder: Path) -> None:
+        """Write one checkpoint into a folder of its own."""
+        checkpoint.save_checkpoint(folder, self.step, self._state, self.spec_hash, keep=1)
+
     def _log(self, row: dict[str, Any]) -> None:
         """Append one row to the run's metrics; only the first worker writes."""
         if dist.get_rank() == 0:
