@@ -133,13 +133,66 @@ def sweep(
 
 
 @cli.command()
-@click.argument("name", metavar="SWEEP")
+@click.argument("name", metavar="RUN_OR_SWEEP")
+@click.option("--as", "alias", help="The alias it goes by, such as production. Of a run, that is its default.")
+@click.option("--override", metavar="REASON", help="Release it although its contract is not kept; this is recorded.")
 @click.pass_context
-def promote(context: click.Context, name: str) -> None:
-    """Register the winner of SWEEP as a model that tenure serve knows."""
-    from cluster.sweep import promote_sweep
+def promote(context: click.Context, name: str, alias: str | None, override: str | None) -> None:
+    """Make a run a release, if it keeps its contract; of a sweep, register the winner first."""
+    from cluster.releasing import promote_named
 
-    promote_sweep(name, context.obj)
+    promote_named(name, context.obj, alias, override)
+
+
+@cli.command()
+@click.argument("alias")
+@click.option("--to", metavar="RUN", help="The run to go back to. Default: the release before.")
+@click.option("--reason", default="", help="Why; this is recorded.")
+@click.pass_context
+def rollback(context: click.Context, alias: str, to: str | None, reason: str) -> None:
+    """Give ALIAS back to the release before, also at a running endpoint."""
+    from cluster.releasing import roll_back_alias
+
+    roll_back_alias(alias, context.obj, to, reason)
+
+
+@cli.command()
+@click.argument("alias", default="production")
+@click.option("--share", "shares", multiple=True, type=click.FloatRange(0, 1, min_open=True), help="A step; repeat.")
+@click.option("--seconds", default=30.0, show_default=True, type=click.FloatRange(min=0), help="How long a step lasts.")
+@click.option("--requests", default=20, show_default=True, type=click.IntRange(min=0), help="A step's least requests.")
+@click.option("--shadow", default=0.0, type=click.FloatRange(0, 1), help="Copy this share first, unseen by clients.")
+@click.option("--at-once", is_flag=True, help="In one step.")
+@click.option("--no-wait", is_flag=True, help="Do not wait for its end.")
+@click.pass_context
+def rollout(
+    context: click.Context,
+    alias: str,
+    shares: tuple[float, ...],
+    seconds: float,
+    requests: int,
+    shadow: float,
+    at_once: bool,
+    no_wait: bool,
+) -> None:
+    """Bring ALIAS's release to the running endpoint, in steps; errors or slowness send it back.
+
+    Exit status 3: it was sent back.
+    """
+    from cluster.releasing import Plan, roll_out
+
+    plan = Plan(shares or (0.05, 0.25), seconds, requests, shadow, at_once)
+    if not roll_out(alias, context.obj, plan, wait=not no_wait):
+        sys.exit(BROKEN_CONTRACT)
+
+
+@cli.command()
+@click.pass_context
+def releases(context: click.Context) -> None:
+    """List the releases and the aliases that they go by."""
+    from cluster.releasing import print_releases
+
+    print_releases(context.obj)
 
 
 @cli.command()
@@ -284,16 +337,59 @@ def interpolate(context: click.Context, run: str, alphas: tuple[float, ...], add
 
 
 @cli.command()
-@RUN
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.argument("what", metavar="RUN|ALIAS|SPEC")
+@click.option("--host", help="Where to listen. Default: the spec's, or 127.0.0.1.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Default: the spec's, or 8000.")
 @click.option("--address", help="A Ray head, host:port. Default: a local Ray.")
 @click.pass_context
-def serve(context: click.Context, run: str, host: str, port: int, address: str | None) -> None:
-    """Serve RUN and its base behind one OpenAI endpoint, until interrupted."""
-    from cluster.serving import serve_run
+def serve(context: click.Context, what: str, host: str | None, port: int | None, address: str | None) -> None:
+    """Serve a run, a release or all of a serving SPEC beside the base behind one OpenAI endpoint, until interrupted."""
+    from cluster.serving import serve
 
-    serve_run(context.obj.run(run), host, port, address)
+    serve(what, context.obj, host, port, address)
+
+
+@cli.group()
+def keys() -> None:
+    """API keys of this workspace's endpoint: create, list, revoke."""
+
+
+@keys.command("create")
+@click.argument("name")
+@click.option("--model", "models", multiple=True, help="A model, an alias or a pattern; again for more. Default: all.")
+@click.option("--admin", is_flag=True, help="Also for administration: rollouts, metrics, keys.")
+@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="Days until it expires. Default: never.")
+@click.option("--requests-per-minute", type=click.IntRange(min=1))
+@click.option("--tokens-per-minute", type=click.IntRange(min=1))
+@click.option("--tokens-per-day", type=click.IntRange(min=1))
+@click.pass_context
+def create_key(
+    context: click.Context, /, name: str, models: tuple[str, ...], admin: bool, days: float | None, **quota: int | None
+) -> None:
+    """Make a key called NAME and print it, this once: only its hash is kept."""
+    from cluster.keys import create_key
+
+    create_key(context.obj, name, models, admin, days, quota)
+
+
+@keys.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
+@click.pass_context
+def list_keys(context: click.Context, as_json: bool) -> None:
+    """List all keys, without their secrets, and what each has used."""
+    from cluster.keys import list_keys
+
+    list_keys(context.obj, as_json)
+
+
+@keys.command("revoke")
+@click.argument("key", metavar="ID")
+@click.pass_context
+def revoke_key(context: click.Context, key: str) -> None:
+    """Make the key ID worthless at once, also for a running endpoint."""
+    from cluster.keys import revoke_key
+
+    revoke_key(context.obj, key)
 
 
 @cli.command()

@@ -91,8 +91,8 @@ def plan_sweep(path: Path, workspace: Workspace, gpu_hour: float | None) -> None
     print_price(console, price_of(sweep, tokens, workspace), gpu_hour)
 
 
-def promote_sweep(name: str, workspace: Workspace) -> None:
-    """Register the winner of a sweep, as a run registers its artifact.
+def promote_sweep(name: str, workspace: Workspace) -> RunFolder:
+    """Register the winner of a sweep, as a run registers its artifact; its run.
 
     Raises:
         TenureError: the sweep has no winner, or its artifact is not what was scored.
@@ -114,6 +114,7 @@ def promote_sweep(name: str, workspace: Workspace) -> None:
     registered = register(workspace, run, pipeline.spec_of(run), card)
     write_json(run.registration, asdict(registered))
     make_screen().print(f"registered {registered.name} version {registered.version} from run {run.id}")
+    return run
 
 
 def settle_on(run: RunFolder, alpha: float) -> None:

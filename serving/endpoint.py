@@ -1,8 +1,9 @@
-"""Deploys a base model and its tuned model, and lets go only when both answer as they did when they were scored."""
+"""Deploys models, and lets go only when they answer as they did when they were scored."""
 
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import socket
@@ -11,19 +12,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from openai import OpenAI
 
-from serving.app import OFFLINE_ENV, ServedModels, build_application, check_served
+from serving.access import Doorkeeper
+from serving.app import OFFLINE_ENV, ServedModels, build_application, check_fleet
+from serving.catalog import CatalogFile
 from serving.client import connect, exception_in, told_plainly
-from serving.parity import Parity, Tolerance, check_parity
+from serving.files import ServingFolder
+from serving.fleet import Fleet
+from serving.keys import KeyStore
+from serving.parity import Difference, Tolerance, check_parity
+from serving.spec import LOOPBACK, Access, Tls
 from training.errors import fail
 from training.evaluation.scorecard import Probe
 
 Probes = Mapping[Literal["base", "tuned"], Sequence[Probe]]
 
 APPLICATION = "tenure"
+OWN_KEY_S = 365 * 86_400.0
 # Float32 differs by the order of summation: on a CPU, at most 3.4e-5 and on average 6e-6 nats were measured with a
 # model of 135 M parameters, against 0.3 on average for another adapter. Two bfloat16 kernels of one framework were
 # already 0.28 and 0.04 apart.
@@ -38,12 +48,13 @@ QUIET_ENV = {"VLLM_LOGGING_LEVEL": "ERROR"}
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A running endpoint and how well it matches the scorecard."""
+    """A running endpoint and how well it matches the scorecards: by model's name, the difference of each compared."""
 
     base_url: str
-    base_name: str
-    tuned_name: str
-    parity: Parity
+    names: tuple[str, ...]
+    parity: Mapping[str, Difference]
+    open: bool
+    """Whether models answer without a key."""
 
 
 @contextmanager
@@ -53,28 +64,98 @@ def deploy(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    folder: Path | None = None,
+    on_progress: Callable[[str], None],
+) -> Iterator[Endpoint]:
+    """An endpoint for one tuned model and its base; see deploy_fleet. Without a `folder` it gets a temporary one."""
+    by_name = {served.base_name: probes.get("base", ()), served.tuned_name: probes.get("tuned", ())}
+    with folder_or_temporary(folder) as path:
+        access = Access(folder=path, host=host)
+        with deploy_fleet(served.fleet, by_name, access, port=port, on_progress=on_progress) as endpoint:
+            yield endpoint
+
+
+@contextmanager
+def folder_or_temporary(folder: Path | None) -> Iterator[Path]:
+    """The folder, or one that lasts as long as the body."""
+    if folder is not None:
+        yield folder
+        return
+    with TemporaryDirectory(prefix="tenure-serving-") as made:
+        yield Path(made)
+
+
+@contextmanager
+def deploy_fleet(
+    fleet: Fleet,
+    probes: Mapping[str, Sequence[Probe]],
+    access: Access,
+    *,
+    port: int = 8000,
+    tls: Tls | None = None,
     on_progress: Callable[[str], None],
 ) -> Iterator[Endpoint]:
     """An endpoint for as long as the context lasts; Ray must be initialised, and Serve not started on it.
 
+    Args:
+        probes: what each model was scored with; a name without any is not compared.
+
     Raises:
-        TenureError: the port is taken, Serve already runs, the engine does not start, or a served model disagrees
-            with its probes.
+        TenureError: the port is taken, Serve already runs, no key opens an endpoint that others can reach, the engine
+            does not start, or a served model disagrees with its probes.
     """
-    check_port(host, port)
-    check_served(served)
+    check_port(access.host, port)
+    check_fleet(fleet)
+    keys = KeyStore(ServingFolder(access.folder).keys)
+    check_keys(access, keys)
     os.environ.update(OFFLINE_ENV | QUIET_ENV)  # vLLM is imported in this process, too
-    base_url = f"http://{host}:{port}/v1"
-    with _serve(host, port, on_progress):
-        _run(served, on_progress)
-        with connect(base_url) as client:
-            _wait(client, served, on_progress)
-            parity = _compare(client, served, probes, on_progress)
-        yield Endpoint(base_url, served.base_name, served.tuned_name, parity)
+    CatalogFile(ServingFolder(access.folder).catalog).write(fleet.catalog())
+    base_url = f"{'https' if tls else 'http'}://{_name_of(access.host)}:{port}/v1"
+    with _own_key(access, keys, base_url) as secret, _serve(access.host, port, tls, on_progress):
+        _run(fleet, access, on_progress)
+        with connect(base_url, secret=secret, certificate=tls.certificate if tls else None) as client:
+            _wait(client, fleet, on_progress)
+            on_progress("comparing the models with the scored artifacts, token by token")
+            parity = {
+                name: check_parity(client, name, found, TOLERANCES[fleet.dtype]) for name, found in probes.items()
+            }
+        yield Endpoint(base_url, tuple(fleet.catalog().names), parity, Doorkeeper(access, keys).open)
+
+
+def check_keys(access: Access, keys: KeyStore) -> None:
+    """Refuse an endpoint that nobody could use, or everybody.
+
+    Raises:
+        TenureError: keys are required, and there is none.
+    """
+    if (access.keys == "required" or access.host not in LOOPBACK) and not keys.any_active("models"):
+        what = f"an endpoint on {access.host} needs API keys, and there is none"
+        raise fail(what, str(ServingFolder(access.folder).keys), "make one: tenure keys create NAME")
+
+
+def _name_of(host: str) -> str:
+    """How this machine reaches itself where an endpoint listens on every interface."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1" if host == "0.0.0.0" else "[::1]"
+    return f"[{host}]" if ":" in host else host
 
 
 @contextmanager
-def _serve(host: str, port: int, on_progress: Callable[[str], None]) -> Iterator[None]:
+def _own_key(access: Access, keys: KeyStore, base_url: str) -> Iterator[str]:
+    """A key of administration for as long as the endpoint lasts, in a file that this machine's user alone may read."""
+    key, secret = keys.create("the endpoint's own", ("admin",), lasts_s=OWN_KEY_S)
+    file = ServingFolder(access.folder).endpoint
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as written:
+        json.dump({"url": base_url, "key": secret, "pid": os.getpid()}, written)
+    try:
+        yield secret
+    finally:
+        keys.revoke(key.id)
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _serve(host: str, port: int, tls: Tls | None, on_progress: Callable[[str], None]) -> Iterator[None]:
     """Ray Serve with one HTTP proxy, on the head node."""
     from ray import serve
 
@@ -84,9 +165,10 @@ def _serve(host: str, port: int, on_progress: Callable[[str], None]) -> Iterator
         raise fail(what, "", "stop the other endpoint first (serve shutdown)")
     on_progress("starting Ray Serve")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    files = {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)} if tls else {}
     try:
         with _importing("serving.adapters"):
-            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, **files})
         yield
     finally:
         serve.shutdown()
@@ -110,12 +192,12 @@ def _importing(module: str) -> Iterator[None]:
         root.setLevel(level)
 
 
-def _run(served: ServedModels, on_progress: Callable[[str], None]) -> None:
+def _run(fleet: Fleet, access: Access, on_progress: Callable[[str], None]) -> None:
     from ray import serve
 
-    where = f"{served.gpus} GPU" if served.gpus else "CPU"
-    on_progress(f"loading {served.base_name} and {served.tuned_name} into vLLM ({where}, {served.dtype})")
-    application = build_application(served)
+    where = f"{fleet.gpus} GPU" if fleet.gpus else "CPU"
+    on_progress(f"loading {', '.join(engine.name for engine in fleet.engines)} into vLLM ({where}, {fleet.dtype})")
+    application = build_application(fleet, access)
     try:
         serve.run(application, name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
@@ -133,26 +215,13 @@ def _reason() -> str:
     return "; ".join(exception_in(message) for message in failed)
 
 
-def _wait(client: OpenAI, served: ServedModels, on_progress: Callable[[str], None]) -> None:
-    """One completion from each model: /v1/models answers before an engine does."""
-    for name in (served.base_name, served.tuned_name):
-        on_progress(f"waiting for the first token of {name}")
-        with told_plainly(str(client.base_url)):
-            client.completions.create(model=name, prompt="Hello", max_tokens=1)
-
-
-def _compare(
-    client: OpenAI,
-    served: ServedModels,
-    probes: Probes,
-    on_progress: Callable[[str], None],
-) -> Parity:
-    on_progress("comparing both models with the scored artifact, token by token")
-    tolerance = TOLERANCES[served.dtype]
-    return Parity(
-        base=check_parity(client, served.base_name, probes["base"], tolerance),
-        tuned=check_parity(client, served.tuned_name, probes["tuned"], tolerance),
-    )
+def _wait(client: OpenAI, fleet: Fleet, on_progress: Callable[[str], None]) -> None:
+    """One completion from each engine, and its first adapter: /v1/models answers before an engine does."""
+    for engine in fleet.engines:
+        for name in (engine.name, *list(engine.adapters)[:1]):
+            on_progress(f"waiting for the first token of {name}")
+            with told_plainly(str(client.base_url)):
+                client.completions.create(model=name, prompt="Hello", max_tokens=1)
 
 
 def check_port(host: str, port: int) -> None:

@@ -30,14 +30,6 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Parity:
-    """How far each served model is from the one that was scored."""
-
-    base: Difference
-    tuned: Difference
-
-
-@dataclass(frozen=True)
 class _Token:
     """One compared token: where it stands and what both sides say, in nats."""
 

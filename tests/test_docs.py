@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from cluster.cli import cli
+from serving.spec import ServingSpec
 from sweeps.spec import Budget, Range, Split, Strategy, SweepSpec
 from training.sequences.spec import CarriedEwc, CarriedReplay, CarriedSi, SequenceSpec, Task
 from training.spec import RunSpec
@@ -31,6 +32,12 @@ def test_every_key_of_a_sequence_is_documented() -> None:
 def test_every_key_of_a_sweep_is_documented() -> None:
     keys = {key for kind in (SweepSpec, Strategy, Range, Budget, Split) for key in kind.model_fields}
     assert keys - set(re.findall(r"`([a-z0-9_]+)`", (ROOT / "docs" / "sweeps.md").read_text())) == set()
+
+
+def test_every_key_of_serving_is_documented() -> None:
+    schema = ServingSpec.model_json_schema()
+    keys = {key for section in (schema, *schema["$defs"].values()) for key in section.get("properties", {})}
+    assert keys - set(re.findall(r"`([a-z0-9_]+)`", (ROOT / "docs" / "serving.md").read_text())) == {"type"}
 
 
 def test_every_command_is_in_the_readme() -> None:

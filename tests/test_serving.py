@@ -19,6 +19,7 @@ from serving.app import ServedModels, build_application
 from serving.client import ask, connect
 from serving.endpoint import TOLERANCES, Endpoint, Probes, check_port, deploy
 from serving.parity import check_parity
+from serving.spec import Access
 from training.errors import TenureError
 from training.evaluation.scorecard import Probe
 
@@ -111,7 +112,8 @@ def test_ask_names_an_unknown_model(case: Case) -> None:
 
 
 def test_ready_means_that_both_models_match_their_probes(case: Case) -> None:
-    for found in (case.endpoint.parity.base, case.endpoint.parity.tuned):
+    assert set(case.endpoint.parity) == {"tiny", "tiny-tuned-1"}
+    for found in case.endpoint.parity.values():
         assert found.num_tokens == sum(len(prompt) - 1 for prompt in PROMPTS)
         assert 0 < found.mean <= found.largest < TOLERANCES["float32"].largest
     assert any("token by token" in message for message in case.progress)
@@ -190,4 +192,4 @@ def test_what_ray_or_vllm_cannot_serve_is_refused(
     tmp_path: Path, base: str, tuned: str, rank: int | None, message: str
 ) -> None:
     with pytest.raises(TenureError, match=message):
-        build_application(ServedModels(base, tmp_path, tuned, tmp_path, rank))
+        build_application(ServedModels(base, tmp_path, tuned, tmp_path, rank).fleet, Access(folder=tmp_path))

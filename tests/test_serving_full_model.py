@@ -24,4 +24,4 @@ def test_a_full_model_gets_its_own_engine(ray_cluster: None, tmp_path: Path) -> 
         answers = ask("What is it?", endpoint.base_url, None, max_tokens=16)
         assert set(answers) == {"tiny", "tiny-full-1"}
         assert answers["tiny"] != answers["tiny-full-1"]
-        assert endpoint.parity.tuned.largest < TOLERANCES["float32"].largest
+        assert endpoint.parity["tiny-full-1"].largest < TOLERANCES["float32"].largest

@@ -19,13 +19,13 @@ class Pattern:
 
 def find_private(text: str) -> list[tuple[str, str]]:
     """(kind, the text itself) of every secret and piece of personal data in a text."""
-    return [(kind, text[start:end]) for start, end, kind in _places(text)]
+    return [(kind, text[start:end]) for start, end, kind in private_places(text)]
 
 
 def mask_private(text: str) -> str:
     """The text with every secret and piece of personal data masked."""
     done, pieces = 0, []
-    for start, end, kind in _places(text):
+    for start, end, kind in private_places(text):
         pieces += [text[done:start], mask(kind, text[start:end])]
         done = end
     return "".join([*pieces, text[done:]])
@@ -37,7 +37,7 @@ def mask(kind: str, found: str) -> str:
     return f"{start}…[{kind}, {len(found)} characters]"
 
 
-def _places(text: str) -> list[tuple[int, int, str]]:
+def private_places(text: str) -> list[tuple[int, int, str]]:
     """(start, end, kind) in the text's order. Where two overlap, the kind that stands first in PATTERNS is meant."""
     places: list[tuple[int, int, str]] = []
     for pattern in PATTERNS:
