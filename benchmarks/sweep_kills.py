@@ -34,7 +34,7 @@ from training.workspace import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from tiny import make_tiny_model
-from tiny_spec import sums, write_rows, write_tiny_spec
+from tiny_spec import sums, write_rows, write_tiny_spec  # type: ignore[import-not-found]  # of the tests
 
 PATIENCE_S = 30.0
 
@@ -165,12 +165,13 @@ print(json.dumps({{"placement_groups": len(groups), "cpus_held": round(held["CPU
 
 def leftovers(address: str) -> dict[str, Any]:
     """Placement groups, claimed processors and trial processes that are still there after PATIENCE_S."""
-    deadline, found = time.monotonic() + PATIENCE_S, {"placement_groups": -1}
+    deadline = time.monotonic() + PATIENCE_S
+    found: dict[str, Any] = {}
     while time.monotonic() < deadline:
         done = subprocess.run(
             [sys.executable, "-c", _LOOK.format(address=address)], check=True, capture_output=True, text=True
         )
-        found = json.loads(done.stdout.strip().splitlines()[-1]) | {"processes": trial_processes()}
+        found = {**json.loads(done.stdout.strip().splitlines()[-1]), "processes": trial_processes()}
         if not any(found.values()):
             return found
         time.sleep(1)
