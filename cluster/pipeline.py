@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster.aids import describe_aids, ready_aids, ready_data
+from cluster.scoring import score_jobs
 from cluster.screen import progress
 from cluster.session import ray_session
-from cluster.tasks import run_tasks
 from training.data.prepare import load_prepared, prepare
 from training.errors import Problem, TenureError, fail, raise_all
 from training.evaluation.presets import add_presets
@@ -26,7 +26,7 @@ from training.models import hash_folder, read_model_info
 from training.objective.teacher import check_teacher
 from training.plan import GIB, Plan, describe_replay, describe_tasks, make_plan
 from training.protection.importance import check_importances
-from training.spec import Export, RunSpec, Scaling
+from training.spec import Evaluation, Export, RunSpec, Scaling
 from training.specfile import load_spec
 from training.strategy import Replay, is_adapter
 from training.suite_spec import Harness
@@ -55,13 +55,13 @@ def plan_run(spec: RunSpec, workspace: Workspace) -> tuple[Plan, Path]:
 
 def check_tasks(spec: RunSpec) -> None:
     """Load the tasks of lm-evaluation-harness that are suites, with their data; refuse all that cannot be, at once."""
-    from training.evaluation.harness_tasks import load_task
+    from training.evaluation.harness_tasks import load_tasks
 
     problems: list[Problem] = []
     for suite in spec.suites.every:
         if isinstance(suite, Harness):
             try:
-                load_task(suite)
+                load_tasks(suite)
             except TenureError as error:
                 problems += error.problems
     raise_all(problems)
@@ -142,8 +142,8 @@ def hash_spec(spec: RunSpec) -> str:
 
 
 def hash_training(spec: RunSpec) -> str:
-    """A hash of what decides a run's weights: all that the spec says but where it runs and what is exported."""
-    return hash_spec(spec.model_copy(update={"scaling": Scaling(), "export": Export()}))
+    """A hash of what decides a run's weights: all that the spec says but where it runs, and what comes after."""
+    return hash_spec(spec.model_copy(update={"scaling": Scaling(), "export": Export(), "evaluation": Evaluation()}))
 
 
 def session(workspace: Workspace, address: str | None, scaling: Scaling) -> AbstractContextManager[None]:
@@ -316,7 +316,7 @@ def _score_models(
     waves = [[job for job in jobs.values() if (job.artifact is None) is is_base] for is_base in (True, False)]
     seconds = 0.0
     for wave in waves:
-        seconds += sum(run_tasks(scoring.score_model, wave, spec.scaling, run.logs, "a scoring process"))
+        seconds += score_jobs(wave, spec, run.logs)
     return targets, seconds
 
 
