@@ -16,7 +16,7 @@ from rich.markup import escape
 from cluster.aids import describe_aids, ready_aids, ready_data
 from cluster.scoring import score_jobs
 from cluster.screen import progress
-from cluster.session import ray_session
+from cluster.session import needs, ray_session
 from training.data.prepare import load_prepared, prepare
 from training.errors import Problem, TenureError, fail, raise_all
 from training.evaluation.presets import add_presets
@@ -85,14 +85,20 @@ def check_disk(workspace: Workspace, disk_bytes: int, what_needs: str) -> None:
 
 
 def start_run(
-    spec_path: Path, spec: RunSpec, plan: Plan, workspace: Workspace, about: dict[str, Any] | None = None
+    spec_path: Path,
+    spec: RunSpec,
+    plan: Plan,
+    workspace: Workspace,
+    about: dict[str, Any] | None = None,
+    run_id: str | None = None,
 ) -> RunFolder:
     """A new run folder with its spec (as given and as read), plan and lineage; none when it cannot be tracked.
 
     Args:
         about: what is noted in the lineage beside what the spec gives.
+        run_id: the folder's name; by default the spec's with a number.
     """
-    run = workspace.new_run(spec.name)
+    run = workspace.claim_run(run_id) if run_id else workspace.new_run(spec.name)
     shutil.copyfile(spec_path, run.spec_yaml)
     return begin_run(run, spec, plan, workspace, about)
 
@@ -148,7 +154,7 @@ def hash_training(spec: RunSpec) -> str:
 
 def session(workspace: Workspace, address: str | None, scaling: Scaling) -> AbstractContextManager[None]:
     """Ray with what a run claims of it; opened before the run has a folder, so that a refusal leaves nothing."""
-    return ray_session(address, _needs(scaling), workspace.root / "ray.log")
+    return ray_session(address, needs(scaling), workspace.root / "ray.log")
 
 
 def rescale(run: RunFolder, workspace: Workspace, workers: int | None, zero_stage: int | None) -> None:
@@ -340,10 +346,3 @@ def known_power(spec: RunSpec, workspace: Workspace) -> list[str] | None:
         if scoring.is_scored(cached, is_base=True)
         else None
     )
-
-
-def _needs(scaling: Scaling) -> dict[str, float]:
-    """What the whole run claims of the cluster."""
-    needs = {"CPU": float(scaling.workers * scaling.cpus_per_worker)}
-    gpus = float(scaling.workers * scaling.gpus_per_worker)
-    return {**needs, "GPU": gpus} if gpus else needs
