@@ -69,6 +69,9 @@ def test_a_request_passes_and_is_logged_without_its_words(endpoint: Endpoint) ->
     [
         (b"{", 400, "invalid_json"),
         (b"[1]", 400, "invalid_json"),
+        (b'{"model": "base", "temperature": NaN}', 400, "invalid_json"),
+        (chat("hi", n=129), 400, "invalid_value"),
+        (chat("hi", n="many"), 400, "invalid_value"),
         (b"[" * 100_000, 400, "invalid_json"),
         (b"\xff\xfe\x00", 400, "invalid_json"),
         ({"messages": []}, 400, "missing_required_parameter"),
