@@ -11,12 +11,13 @@ import pytest
 from commands import Command
 from tiny_sequence import REPLAY, TASKS, task, write_sequence
 
+from cluster.sequence import worst_verdict
 from training.models import hash_folder
 from training.sequences.folder import SequenceFolder
 from training.sequences.result import read_result
 from training.workspace import RunFolder, Workspace
 
-KEPT = 0
+STATUS = {"kept": 0, "broken": 3}
 PATIENCE_S = 500.0
 
 
@@ -41,7 +42,7 @@ def test_a_killed_sequence_goes_on_where_it_stopped(
     before = hash_folder(learned.artifact), learned.scorecard.stat().st_mtime_ns, learned.metrics.read_bytes()
 
     resumed = Command.start("resume", "tiny-1", workspace=workspace.root)
-    assert resumed.finish(PATIENCE_S) == KEPT, resumed.err
+    status = resumed.finish(PATIENCE_S)
     assert (hash_folder(learned.artifact), learned.scorecard.stat().st_mtime_ns, learned.metrics.read_bytes()) == before
     folder = SequenceFolder(workspace.root / "sequences" / "tiny-1")
     assert folder.runs() == {first: f"tiny-{first}-1", second: f"tiny-{second}-1"}
@@ -53,6 +54,7 @@ def test_a_killed_sequence_goes_on_where_it_stopped(
     assert went_on >= 2  # a checkpoint every two steps
     result = read_result(folder.result)
     assert result is not None
+    assert status == STATUS[worst_verdict(result)], resumed.err
     assert [row.task for row in result.rows] == [None, first, second]
     assert result.figures is not None
     assert result.figures.backward_transfer is not None
