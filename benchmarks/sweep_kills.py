@@ -6,14 +6,13 @@ A small sweep (a byte-level model, four trials, two finalists' seeds) runs once 
 Then it runs again under a fresh name once a kill: its driver is ended by SIGKILL at a moment drawn evenly from the
 undisturbed run's time, and `tenure sweep --resume` goes on with it. Told is whether each ended with the same finished
 trials and the same winner, how many trials were worked on more than once, and what of the killed driver was still there
-half a minute later: placement groups, actors, processes.
+half a minute later: placement groups, claimed processors, working processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import signal
 import subprocess
@@ -21,10 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from benchmarks.sweep_overhead import where
@@ -47,29 +47,47 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, ray_head() as address:
         base = write_base(Path(scratch))
+        run(base, "first", address)  # what the workspace keeps for all sweeps is not timed
         started = time.monotonic()
         run(base, "undisturbed", address)
         seconds, wanted = time.monotonic() - started, outcome(base, "undisturbed")
+        print(json.dumps({"undisturbed_seconds": seconds, **wanted}), flush=True)
         draw = random.Random(arguments.seed)
-        kills = [
-            killed(base, f"killed-{number}", address, draw.uniform(0, seconds), wanted)
-            for number in range(arguments.kills)
-        ]
-    found = {"undisturbed_seconds": seconds, "outcome": wanted, "kills": kills, **where()}
-    write_json(arguments.out, found)
-    print(json.dumps(found, indent=1))
+        kills: list[dict[str, Any]] = []
+        for number in range(arguments.kills):
+            kills.append(killed(base, f"killed-{number}", address, draw.uniform(0, seconds), wanted))
+            told = {"undisturbed_seconds": seconds, "outcome": wanted, "same": sum(one["same"] for one in kills)}
+            write_json(arguments.out, {**told, "kills": kills, **where()})
 
 
 @contextmanager
 def ray_head() -> Iterator[str]:
-    """A Ray cluster of this machine, which outlives the drivers that connect to it."""
+    """A Ray cluster of this machine, which outlives the drivers that connect to it; it ends with its own processes."""
     port = str(random.randint(20000, 30000))
-    command = ["ray", "start", "--head", "--port", port, "--num-cpus", "4", "--include-dashboard", "false"]
-    subprocess.run([str(Path(sys.executable).with_name("ray")), *command[1:]], check=True, capture_output=True)
+    ray = str(Path(sys.executable).with_name("ray"))
+    options = ["--head", "--node-ip-address", "127.0.0.1", "--port", port, "--num-cpus", "2", "--block"]
+    head = subprocess.Popen(
+        [ray, "start", *options, "--include-dashboard", "false"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    address = f"127.0.0.1:{port}"
     try:
-        yield f"127.0.0.1:{port}"
+        expect_up(ray, address)
+        yield address
     finally:
-        subprocess.run([str(Path(sys.executable).with_name("ray")), "stop", "--force"], check=False)
+        head.terminate()
+        head.wait()
+
+
+def expect_up(ray: str, address: str) -> None:
+    """Wait for a cluster to answer, two minutes at most."""
+    for _ in range(60):
+        if (
+            subprocess.run([ray, "health-check", "--address", address], check=False, capture_output=True).returncode
+            == 0
+        ):
+            return
+        time.sleep(2)
+    sys.exit(f"no Ray came up at {address}")
 
 
 def write_base(folder: Path) -> Path:
@@ -147,7 +165,8 @@ def begun_again(base: Path, name: str, address: str, folder: SweepFolder) -> str
 def outcome(base: Path, name: str) -> dict[str, Any]:
     """The finished trials and the winner."""
     result = read_result(base / "workspace" / "sweeps" / name / "result.json")
-    assert result is not None
+    if result is None:
+        return {"finished": [], "winner": None}
     winner = result.winner and [result.winner.trial, result.winner.alpha]
     finished = sorted(trial.name for trial in result.trials if trial.state == "finished")
     return {"finished": finished, "winner": winner}
@@ -164,29 +183,28 @@ print(json.dumps({{"placement_groups": len(groups), "cpus_held": round(held["CPU
 
 
 def leftovers(address: str) -> dict[str, Any]:
-    """Placement groups, claimed processors and trial processes that are still there after PATIENCE_S."""
+    """Placement groups, claimed processors and working processes that are still there after PATIENCE_S."""
     deadline, found = time.monotonic() + PATIENCE_S, {"placement_groups": -1}
     while time.monotonic() < deadline:
         done = subprocess.run(
             [sys.executable, "-c", _LOOK.format(address=address)], check=True, capture_output=True, text=True
         )
-        found = json.loads(done.stdout.strip().splitlines()[-1]) | {"processes": trial_processes()}
+        found = json.loads(done.stdout.strip().splitlines()[-1]) | {"processes": working_processes(address)}
         if not any(found.values()):
             return found
         time.sleep(1)
     return found
 
 
-def trial_processes() -> int:
-    """Processes that are named after a trial's actor."""
-    count = 0
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                count += b"TrialActor" in (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-    return count
+def working_processes(address: str) -> int:
+    """Processes of a cluster that work on an actor or a task; Ray's own, and those that wait for work, are none."""
+    found = 0
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(psutil.NoSuchProcess):
+            name = " ".join(process.info["cmdline"] or ())
+            works = name.startswith("ray::") and not name.startswith("ray::IDLE") and "Agent" not in name
+            found += works and any(f"--gcs-address={address}" in parent.cmdline() for parent in process.parents())
+    return found
 
 
 if __name__ == "__main__":
