@@ -22,7 +22,7 @@ from sweeps.actor import TrialActor
 from sweeps.folder import SweepFolder
 from sweeps.preparing import share
 from sweeps.spec import Budget
-from sweeps.trial import TrialJob
+from sweeps.trial import TrialJob, forget_generations
 from sweeps.watch import Budgeted, spent
 from training.worker import Trainer
 from training.workspace import Workspace
@@ -144,6 +144,34 @@ def test_a_losing_member_goes_on_from_the_winners_weights(begun: Begun) -> None:
     assert record.trial.tokens > record.trial.curve[0].tokens > 0
     spec = json.loads(workspace.run(f"{folder.id}-worst").spec.read_text(encoding="utf-8"))
     assert spec["training"]["learning_rate"] == 2e-3
+
+
+def test_what_is_noted_of_a_generation_has_weights_and_is_not_trained_again(begun: Begun) -> None:
+    folder, workspace = begun
+    with changed(begun, search="pbt", budget=Budget(trials=2)):
+        with mock.patch.object(Trainer, "save_to", side_effect=OSError("the disk is full")):
+            assert actor(begun, "torn-off", generation=0).step()["score"] == -1e9
+        assert 0 not in folder.noted_curve("torn-off")
+        told = actor(begun, "twice", generation=0).step()
+        with failing_once(0, AssertionError("it was trained again")):
+            again = actor(begun, "twice", generation=0).step()
+        assert {key: again[key] for key in ("score", "tokens", "done")} == {
+            key: told[key] for key in ("score", "tokens", "done")
+        }
+        forget_generations(workspace.run(f"{folder.id}-twice"))
+        actor(begun, "twice", generation=1, parent="twice").step()
+    record = folder.read("twice")
+    assert record is not None
+    assert "there are no whole weights of 'twice' from generation 0" in str(record.trial.cause)
+
+
+def test_a_member_of_a_population_that_breaks_the_contract_stays(begun: Begun) -> None:
+    folder, _ = begun
+    strict = folder.read_spec().run.contract.model_copy(update={"max_loss": 1e-6})
+    with changed(begun, contract=strict, stop_at_loss=1.0, search="pbt", budget=Budget(trials=2)):
+        told = actor(begun, "breaker", rate=3e-2, generation=0).step()
+    assert told["score"] < -900
+    assert folder.read("breaker") is None
 
 
 @contextmanager
