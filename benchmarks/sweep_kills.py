@@ -34,7 +34,7 @@ from training.workspace import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from tiny import make_tiny_model
-from tiny_spec import sums, write_rows, write_tiny_spec
+from tiny_spec import sums, write_rows, write_tiny_spec  # type: ignore[import-not-found]  # of the tests
 
 PATIENCE_S = 30.0
 

@@ -343,8 +343,10 @@ def estimate_memory(spec: RunSpec, info: ModelInfo, trainable: int, stage: int, 
     masters = trainable * 4 if width == 2 else 0
     states = (trainable * 4 * _ADAM_STATES + masters) / (workers if stage >= 1 else 1)
     kept = protection_bytes(spec, info, trainable) / (workers if stage >= 1 else 1)
-    # 34 bytes a position, layer and hidden unit in 16 bits (arXiv 2205.05198, equation 2, without attention scores)
-    activations = 34 / 2 * width * micro * longest * info.hidden_size * info.num_layers
+    # 34 bytes a position, layer and hidden unit in 16 bits (arXiv 2205.05198, equation 2, without attention scores); or
+    # of one layer, and 2 for the inputs of every one (the same, section 5).
+    layers = 1 + info.num_layers * 2 / 34 if spec.training.gradient_checkpointing else info.num_layers
+    activations = 34 / 2 * width * micro * longest * info.hidden_size * layers
     logits = 3 * 4 * micro * longest * info.vocab_size / 2
     return int(weights + gradients + states + kept + activations + logits + _OVERHEAD_BYTES)
 
@@ -436,6 +438,7 @@ def _does_not_fit(spec: RunSpec, memory: int, limit: int, stage: int, micro: int
     ways += [f"scaling.zero_stage above {stage}"] if stage < 3 and spec.scaling.workers > 1 else []
     ways += ["objective.top_k, which caches the teacher"] if spec.objective.type == "distill" else []
     ways += [] if is_adapter(spec.tuning) else ["tuning.type: lora"]
+    ways += [] if spec.training.gradient_checkpointing else ["training.gradient_checkpointing: true"]
     ways += ["a smaller training.max_length", "more workers on more machines"]
     return Problem(what, "scaling", f"try {', '.join(ways)}")
 

@@ -104,6 +104,8 @@ class Trainer:
             attend_within(base)
         model = tuning.apply_tuning(base, spec.tuning)
         _expect_trainable(model, plan)
+        if spec.training.gradient_checkpointing:
+            tuning.recompute(model, plan.zero_stage)
         initial = tuning.initial_products(model, spec.tuning)
         optimizer = engines.build_optimizer(model, spec)
         engine = engines.start_engine(model, optimizer, spec, plan)
