@@ -184,12 +184,13 @@ print(json.dumps({{"placement_groups": len(groups), "cpus_held": round(held["CPU
 
 def leftovers(address: str) -> dict[str, Any]:
     """Placement groups, claimed processors and working processes that are still there after PATIENCE_S."""
-    deadline, found = time.monotonic() + PATIENCE_S, {"placement_groups": -1}
+    deadline = time.monotonic() + PATIENCE_S
+    found: dict[str, Any] = {}
     while time.monotonic() < deadline:
         done = subprocess.run(
             [sys.executable, "-c", _LOOK.format(address=address)], check=True, capture_output=True, text=True
         )
-        found = json.loads(done.stdout.strip().splitlines()[-1]) | {"processes": working_processes(address)}
+        found = {**json.loads(done.stdout.strip().splitlines()[-1]), "processes": working_processes(address)}
         if not any(found.values()):
             return found
         time.sleep(1)
