@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
@@ -37,6 +38,7 @@ from tiny import make_tiny_model
 from tiny_spec import sums, write_rows, write_tiny_spec  # type: ignore[import-not-found]  # of the tests
 
 PATIENCE_S = 30.0
+OPEN = {**os.environ, "RAY_AUTH_MODE": "disabled"}  # the cluster and all that speak to it, on this machine alone
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch, ray_head() as address:
+    with tempfile.TemporaryDirectory() as scratch, ray_head(Path(scratch)) as address:
         base = write_base(Path(scratch))
         run(base, "first", address)  # what the workspace keeps for all sweeps is not timed
         started = time.monotonic()
@@ -61,13 +63,16 @@ def main() -> None:
 
 
 @contextmanager
-def ray_head() -> Iterator[str]:
-    """A Ray cluster of this machine, which outlives the drivers that connect to it; it ends with its own processes."""
+def ray_head(scratch: Path) -> Iterator[str]:
+    """A Ray cluster of this machine, which outlives the drivers that connect to it; it ends with its own processes.
+
+    Its folder is its own, or every ray.init() of this machine would find it.
+    """
     port = str(random.randint(20000, 30000))
     ray = str(Path(sys.executable).with_name("ray"))
-    options = ["--head", "--node-ip-address", "127.0.0.1", "--port", port, "--num-cpus", "2", "--block"]
+    where = ["--port", port, "--temp-dir", str(scratch / "ray"), "--num-cpus", "2", "--include-dashboard", "false"]
     head = subprocess.Popen(
-        [ray, "start", *options, "--include-dashboard", "false"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [ray, "start", "--head", "--block", *where], env=OPEN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     address = f"127.0.0.1:{port}"
     try:
@@ -80,14 +85,15 @@ def ray_head() -> Iterator[str]:
 
 def expect_up(ray: str, address: str) -> None:
     """Wait for a cluster to answer, two minutes at most."""
-    for _ in range(60):
-        if (
-            subprocess.run([ray, "health-check", "--address", address], check=False, capture_output=True).returncode
-            == 0
-        ):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        asked = subprocess.run(
+            [ray, "health-check", "--address", address], env=OPEN, check=False, capture_output=True, text=True
+        )
+        if asked.returncode == 0:
             return
         time.sleep(2)
-    sys.exit(f"no Ray came up at {address}")
+    sys.exit(f"no Ray came up at {address}: {asked.stderr.strip().splitlines()[-1:]}")
 
 
 def write_base(folder: Path) -> Path:
@@ -123,7 +129,7 @@ def command(base: Path, address: str, *given: str) -> list[str]:
 
 def run(base: Path, name: str, address: str) -> None:
     done = subprocess.run(
-        command(base, address, str(write_sweep(base, name))), check=False, capture_output=True, text=True
+        command(base, address, str(write_sweep(base, name))), env=OPEN, check=False, capture_output=True, text=True
     )
     if done.returncode not in (0, 3):
         sys.exit(f"the sweep ended with status {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -132,7 +138,10 @@ def run(base: Path, name: str, address: str) -> None:
 def killed(base: Path, name: str, address: str, after_s: float, wanted: dict[str, Any]) -> dict[str, Any]:
     """Kill a sweep's driver after so many seconds, look at what is left, and resume it to its end."""
     driver = subprocess.Popen(
-        command(base, address, str(write_sweep(base, name))), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(base, address, str(write_sweep(base, name))),
+        env=OPEN,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         driver.wait(after_s)
@@ -150,7 +159,9 @@ def killed(base: Path, name: str, address: str, after_s: float, wanted: dict[str
 
 
 def resumed(base: Path, name: str, address: str) -> str:
-    done = subprocess.run(command(base, address, "--resume", name), check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        command(base, address, "--resume", name), env=OPEN, check=False, capture_output=True, text=True
+    )
     return "resumed" if done.returncode in (0, 3) else f"status {done.returncode}: {done.stderr[-500:]}"
 
 
@@ -188,7 +199,7 @@ def leftovers(address: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     while time.monotonic() < deadline:
         done = subprocess.run(
-            [sys.executable, "-c", _LOOK.format(address=address)], check=True, capture_output=True, text=True
+            [sys.executable, "-c", _LOOK.format(address=address)], env=OPEN, check=True, capture_output=True, text=True
         )
         found = {**json.loads(done.stdout.strip().splitlines()[-1]), "processes": working_processes(address)}
         if not any(found.values()):
@@ -204,8 +215,14 @@ def working_processes(address: str) -> int:
         with suppress(psutil.NoSuchProcess):
             name = " ".join(process.info["cmdline"] or ())
             works = name.startswith("ray::") and not name.startswith("ray::IDLE") and "Agent" not in name
-            found += works and any(f"--gcs-address={address}" in parent.cmdline() for parent in process.parents())
+            found += works and any(belongs(parent.cmdline(), address) for parent in process.parents())
     return found
+
+
+def belongs(cmdline: list[str], address: str) -> bool:
+    """Whether a process is the node of a cluster, which Ray calls by the machine's own address."""
+    port = address.rpartition(":")[2]
+    return any(part.startswith("--gcs-address=") and part.endswith(f":{port}") for part in cmdline)
 
 
 if __name__ == "__main__":
