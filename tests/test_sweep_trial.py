@@ -165,6 +165,17 @@ def test_what_is_noted_of_a_generation_has_weights_and_is_not_trained_again(begu
     assert "there are no whole weights of 'twice' from generation 0" in str(record.trial.cause)
 
 
+def test_the_budget_counts_members_that_wait_for_their_next_generation(begun: Begun) -> None:
+    folder, _ = begun
+    with changed(begun, search="pbt", budget=Budget(trials=2)):
+        before = sum(trial.tokens for trial in folder.under_way())
+        told = actor(begun, "waiting", generation=0).step()
+    spent_so_far = sum(record.trial.tokens for record in folder.records()) + before + told["tokens"]
+    for bound, ends in ((spent_so_far, True), (spent_so_far + 1, False)):
+        sweep = folder.read_spec().model_copy(update={"budget": Budget(tokens=bound)})
+        assert Budgeted(sweep, folder).stop_all() is ends
+
+
 def test_a_member_of_a_population_that_breaks_the_contract_stays(begun: Begun) -> None:
     folder, _ = begun
     strict = folder.read_spec().run.contract.model_copy(update={"max_loss": 1e-6})
@@ -195,8 +206,8 @@ def test_a_budget_ends_the_search_with_the_trials_under_way(
     empty = SweepFolder(tmp_path)
     stopper = Budgeted(sweep, empty)
     assert not stopper.stop_all()
-    stopper("trial", {"tokens": used[0] - 1, "gpu_hours": used[1] - 0.1})
+    stopper("id", {"trial": "one", "tokens": used[0] - 1, "gpu_hours": used[1] - 0.1})
     assert not stopper.stop_all()
-    stopper("trial", {"tokens": used[0], "gpu_hours": used[1]})
+    stopper("id", {"trial": "one", "tokens": used[0], "gpu_hours": used[1]})
     assert stopper.stop_all()
     assert spent(sweep, empty) is None
