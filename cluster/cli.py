@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from cluster import cluster_commands, job_commands
+from cluster.plan_command import plan_command
 from training.quiet import be_quiet
 from training.workspace import WORKSPACE_VARIABLE, RunFolder, Workspace
 
@@ -65,8 +67,9 @@ def data(context: click.Context, spec: Path, page: Path | None, figures: Path | 
 @cli.command()
 @SPEC
 @click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
+@click.option("--id", "run_id", help="The run's id. Default: the spec's name and a number.")
 @click.pass_context
-def train(context: click.Context, spec: Path, address: str | None) -> None:
+def train(context: click.Context, spec: Path, address: str | None, run_id: str | None) -> None:
     """Train by SPEC, score, judge, report and register. Exit status 3: the contract is broken; 4: undecided."""
     from cluster import pipeline
     from cluster.checking import tell_lineage
@@ -81,21 +84,22 @@ def train(context: click.Context, spec: Path, address: str | None) -> None:
     tell_leakage(read, context.obj)
     tell_lineage(make_screen(), read, context.obj)
     with pipeline.session(context.obj, address, read.scaling):
-        _finish(pipeline.start_run(spec, read, plan, context.obj), context.obj)
+        _finish(pipeline.start_run(spec, read, plan, context.obj, run_id=run_id), context.obj)
 
 
 @cli.command()
 @SPEC
 @click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
+@click.option("--id", "sequence_id", help="The sequence's id. Default: its name and a number.")
 @click.pass_context
-def sequence(context: click.Context, spec: Path, address: str | None) -> None:
+def sequence(context: click.Context, spec: Path, address: str | None, sequence_id: str | None) -> None:
     """Learn the tasks of SPEC one after the other; score every suite after each. Exit status as for train."""
     from cluster.sequence import train_sequence
     from cluster.session import check_address
 
     if address:
         check_address(address)
-    _exit_by(train_sequence(spec, context.obj, address))
+    _exit_by(train_sequence(spec, context.obj, address, sequence_id))
 
 
 @cli.command()
@@ -197,7 +201,7 @@ def releases(context: click.Context) -> None:
 
 @cli.command()
 @RUN
-@click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
+@click.option("--address", help="A Ray head, host:port; or http://HOST:8265, to go on with a submitted run there.")
 @click.option("--workers", type=click.IntRange(min=1), help="Go on with this many workers.")
 @click.option("--zero-stage", type=click.IntRange(0, 3), help="Go on at this ZeRO stage.")
 @click.pass_context
@@ -207,6 +211,11 @@ def resume(context: click.Context, run: str, address: str | None, workers: int |
     from cluster.sequence import resume_sequence
     from training.sequences.folder import is_sequence_id
 
+    if address and address.startswith("http"):
+        if workers or zero_stage is not None:
+            raise click.UsageError("a submitted run is rescaled by: tenure resume RUN --address HEAD:6379, on a node")
+        job_commands.resume_job(context, run, address)
+        return
     if is_sequence_id(context.obj, run):
         _exit_by(resume_sequence(run, context.obj, address, rescaled=bool(workers) or zero_stage is not None))
         return
@@ -453,6 +462,10 @@ def schema(of: str, of_sequence: bool) -> None:
     }
     kind = SequenceSpec if of_sequence else models[of]
     click.echo(json.dumps(kind.model_json_schema(), indent=1))
+
+
+for command in (*job_commands.COMMANDS, plan_command, cluster_commands.cluster_group):
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster.aids import describe_aids, ready_aids, ready_data
+from cluster.scoring import score_jobs
 from cluster.screen import progress
-from cluster.session import ray_session
-from cluster.tasks import run_tasks
+from cluster.session import needs, ray_session
 from training.data.prepare import load_prepared, prepare
 from training.errors import Problem, TenureError, fail, raise_all
 from training.evaluation.presets import add_presets
@@ -26,7 +26,7 @@ from training.models import hash_folder, read_model_info
 from training.objective.teacher import check_teacher
 from training.plan import GIB, Plan, describe_replay, describe_tasks, make_plan
 from training.protection.importance import check_importances
-from training.spec import Export, RunSpec, Scaling
+from training.spec import Evaluation, Export, RunSpec, Scaling
 from training.specfile import load_spec
 from training.strategy import Replay, is_adapter
 from training.suite_spec import Harness
@@ -55,13 +55,13 @@ def plan_run(spec: RunSpec, workspace: Workspace) -> tuple[Plan, Path]:
 
 def check_tasks(spec: RunSpec) -> None:
     """Load the tasks of lm-evaluation-harness that are suites, with their data; refuse all that cannot be, at once."""
-    from training.evaluation.harness_tasks import load_task
+    from training.evaluation.harness_tasks import load_tasks
 
     problems: list[Problem] = []
     for suite in spec.suites.every:
         if isinstance(suite, Harness):
             try:
-                load_task(suite)
+                load_tasks(suite)
             except TenureError as error:
                 problems += error.problems
     raise_all(problems)
@@ -85,14 +85,20 @@ def check_disk(workspace: Workspace, disk_bytes: int, what_needs: str) -> None:
 
 
 def start_run(
-    spec_path: Path, spec: RunSpec, plan: Plan, workspace: Workspace, about: dict[str, Any] | None = None
+    spec_path: Path,
+    spec: RunSpec,
+    plan: Plan,
+    workspace: Workspace,
+    about: dict[str, Any] | None = None,
+    run_id: str | None = None,
 ) -> RunFolder:
     """A new run folder with its spec (as given and as read), plan and lineage; none when it cannot be tracked.
 
     Args:
         about: what is noted in the lineage beside what the spec gives.
+        run_id: the folder's name; by default the spec's with a number.
     """
-    run = workspace.new_run(spec.name)
+    run = workspace.claim_run(run_id) if run_id else workspace.new_run(spec.name)
     shutil.copyfile(spec_path, run.spec_yaml)
     return begin_run(run, spec, plan, workspace, about)
 
@@ -142,13 +148,13 @@ def hash_spec(spec: RunSpec) -> str:
 
 
 def hash_training(spec: RunSpec) -> str:
-    """A hash of what decides a run's weights: all that the spec says but where it runs and what is exported."""
-    return hash_spec(spec.model_copy(update={"scaling": Scaling(), "export": Export()}))
+    """A hash of what decides a run's weights: all that the spec says but where it runs, and what comes after."""
+    return hash_spec(spec.model_copy(update={"scaling": Scaling(), "export": Export(), "evaluation": Evaluation()}))
 
 
 def session(workspace: Workspace, address: str | None, scaling: Scaling) -> AbstractContextManager[None]:
     """Ray with what a run claims of it; opened before the run has a folder, so that a refusal leaves nothing."""
-    return ray_session(address, _needs(scaling), workspace.root / "ray.log")
+    return ray_session(address, needs(scaling), workspace.root / "ray.log")
 
 
 def rescale(run: RunFolder, workspace: Workspace, workers: int | None, zero_stage: int | None) -> None:
@@ -316,7 +322,7 @@ def _score_models(
     waves = [[job for job in jobs.values() if (job.artifact is None) is is_base] for is_base in (True, False)]
     seconds = 0.0
     for wave in waves:
-        seconds += sum(run_tasks(scoring.score_model, wave, spec.scaling, run.logs, "a scoring process"))
+        seconds += score_jobs(wave, spec, run.logs)
     return targets, seconds
 
 
@@ -340,10 +346,3 @@ def known_power(spec: RunSpec, workspace: Workspace) -> list[str] | None:
         if scoring.is_scored(cached, is_base=True)
         else None
     )
-
-
-def _needs(scaling: Scaling) -> dict[str, float]:
-    """What the whole run claims of the cluster."""
-    needs = {"CPU": float(scaling.workers * scaling.cpus_per_worker)}
-    gpus = float(scaling.workers * scaling.gpus_per_worker)
-    return {**needs, "GPU": gpus} if gpus else needs

@@ -20,7 +20,7 @@ from training.faults import output_to
 from training.lineage import find_base, inherit_suites
 from training.plan import GIB, Plan
 from training.protection.importance import IMPORTANCE_FOLDER
-from training.sequences.folder import SequenceFolder, find_sequence, new_sequence
+from training.sequences.folder import SequenceFolder, claim_sequence, find_sequence, new_sequence
 from training.sequences.report import print_sequence, write_sequence_report
 from training.sequences.result import SequenceResult, make_result, read_result, write_result
 from training.sequences.spec import SequenceSpec
@@ -83,23 +83,29 @@ def _totals(plans: list[Plan]) -> Table:
     )
 
 
-def start_sequence(path: Path, sequence: SequenceSpec, workspace: Workspace) -> SequenceFolder:
+def start_sequence(
+    path: Path, sequence: SequenceSpec, workspace: Workspace, sequence_id: str | None = None
+) -> SequenceFolder:
     """A new folder with the sequence as it was given and as it was read."""
-    folder = new_sequence(workspace, sequence.name)
+    folder = claim_sequence(workspace, sequence_id) if sequence_id else new_sequence(workspace, sequence.name)
     shutil.copyfile(path, folder.spec_yaml)
     write_json(folder.spec, sequence.model_dump(mode="json", exclude_unset=True))
     return folder
 
 
-def train_sequence(path: Path, workspace: Workspace, address: str | None) -> State:
-    """Plan all tasks of a file, learn them in order, and tell what came of it; the worst of the contracts' verdicts."""
+def train_sequence(path: Path, workspace: Workspace, address: str | None, sequence_id: str | None = None) -> State:
+    """Plan all tasks of a file, learn them in order, and tell what came of it; the worst of the contracts' verdicts.
+
+    Args:
+        sequence_id: its folder's name; by default the sequence's with a number.
+    """
     sequence = read_sequence(path, workspace)
     planned = plan_sequence(sequence, workspace)
     console = make_screen()
     tell_lineage(console, planned[0][0], workspace)
     console.print(_totals([plan for _, plan in planned]))
     with pipeline.session(workspace, address, sequence.scaling):
-        return _finish(start_sequence(path, sequence, workspace), workspace, console)
+        return _finish(start_sequence(path, sequence, workspace, sequence_id), workspace, console)
 
 
 def resume_sequence(name: str, workspace: Workspace, address: str | None, *, rescaled: bool) -> State:

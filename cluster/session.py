@@ -12,6 +12,7 @@ from typing import Any
 from training.errors import Problem, TenureError, fail
 from training.faults import output_to
 from training.quiet import QUIET
+from training.spec import Scaling
 
 _CONNECT_S = 5.0
 _OBJECT_STORE_BYTES = 256 * 2**20
@@ -44,6 +45,13 @@ def ray_session(address: str | None, resources: dict[str, float], log: Path) -> 
     finally:
         with output_to(Path(os.devnull)):  # the workspace's disk may be full by now
             ray.shutdown()
+
+
+def needs(scaling: Scaling) -> dict[str, float]:
+    """What a whole run claims of the cluster."""
+    wanted = {"CPU": float(scaling.workers * scaling.cpus_per_worker)}
+    gpus = float(scaling.workers * scaling.gpus_per_worker)
+    return {**wanted, "GPU": gpus} if gpus else wanted
 
 
 def _connect(address: str | None, resources: dict[str, float]) -> None:

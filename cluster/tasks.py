@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,12 +23,13 @@ def run_tasks(compute: Callable[[Any], Any], jobs: Sequence[Any], scaling: Scali
 
     if not jobs:
         return []
-    cpus = min(os.cpu_count() or 1, int(ray.cluster_resources()["CPU"])) // len(jobs) or 1
-    cpus = 1 if scaling.gpus_per_worker else cpus
-    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": scaling.gpus_per_worker, "max_calls": 1, "max_retries": 1}
-    # Called from a trial of a sweep they would have to fit into what its own process claims.
-    options["scheduling_strategy"] = "DEFAULT"
-    task = ray.remote(**options)(compute)
+    task = ray.remote(
+        num_cpus=cpus_each(len(jobs), scaling, machines()),
+        num_gpus=scaling.gpus_per_worker,
+        max_calls=1,
+        max_retries=1,
+        scheduling_strategy="SPREAD",  # also lets a trial of a sweep ask for more than its own process claims
+    )(compute)
     try:
         return list(ray.get([task.remote(job) for job in jobs]))
     except RayTaskError as error:
@@ -36,3 +38,30 @@ def run_tasks(compute: Callable[[Any], Any], jobs: Sequence[Any], scaling: Scali
     except RayError as error:
         what = f"{name} died: {str(error).strip().splitlines()[0]}"
         raise fail(what, str(logs), "free some memory, then: tenure resume RUN") from None
+
+
+def num_places(scaling: Scaling) -> int:
+    """How many processes of their own the cluster has room for: its free GPUs or, without any, its machines."""
+    import ray
+
+    return int(ray.available_resources().get("GPU", 0)) if scaling.gpus_per_worker else len(machines())
+
+
+def cpus_each(jobs: int, scaling: Scaling, lent: Sequence[int]) -> int:
+    """CPUs for each of many jobs, so that those that share a machine share its processors.
+
+    Args:
+        lent: the CPUs of each machine.
+    """
+    if scaling.gpus_per_worker:
+        return 1
+    return max(1, min(lent) // math.ceil(jobs / len(lent)))
+
+
+def machines() -> list[int]:
+    """The CPUs of every machine that has any to lend; this one, alone, lends no more than it has."""
+    import ray
+
+    found = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    lending = [cpus for cpus in found if cpus]
+    return lending if len(lending) > 1 else [min([os.cpu_count() or 1, *lending])]

@@ -119,6 +119,14 @@ class SweepSpec(Section):
     stop_at_loss: Annotated[float, Field(strict=True, ge=1)] | None = 3.0
     wait_s: Positive = 120.0
 
+    @field_validator("base")
+    @classmethod
+    def _trials_are_scored_in_memory(cls, value: RunSpec | str) -> RunSpec | str:
+        if isinstance(value, RunSpec) and value.evaluation.engine != "transformers":
+            what = "a sweep's trials are scored in memory, where vLLM is not"
+            raise fault(what, "set engine: transformers", ("evaluation", "engine"))
+        return value
+
     @field_validator("strategies")
     @classmethod
     def _names_differ(cls, value: tuple[Strategy, ...]) -> tuple[Strategy, ...]:

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from training.errors import TenureError
-from training.evaluation.scorecard import DataSummary, Item, Scorecard, SuiteScore, Verdict
+from training.evaluation.scorecard import DataSummary, Item, Scorecard, SuitePart, SuiteScore, Verdict
 from training.reporting.curves import cost_rows, read_metrics
 from training.reporting.formatting import change_text, pick_examples, printable, threshold_text
 from training.reporting.html import MAX_ITEMS_PER_SUITE
@@ -298,6 +298,23 @@ def test_page_is_bounded_and_says_so(run: RunFolder) -> None:
     assert "100 lost, 600 won, 300 unchanged" in page
     assert "(500,000 characters in all)" in page
     assert len(page) < 1_000_000
+
+
+def test_the_tasks_of_a_group_are_shown_by_themselves(run: RunFolder) -> None:
+    sizes = {"algebra": -0.25, "anatomy": 0.1, "<virology>": -0.5}
+    parts = tuple(
+        SuitePart(name=n, num_items=20, base=0.6, tuned=0.6 + d, change=d, interval=(d - 0.1, d + 0.1), lost=3, won=1)
+        for n, d in sizes.items()
+    )
+    card = scorecard(boolq().model_copy(update={"parts": parts}), asdiv())
+    page = html.unescape(render_html(run, card))
+    assert "its 3 tasks" in page
+    for part in ("algebra", "<virology>", "−25.0 pts", "[−60.0, −40.0]"):
+        assert part in page
+    assert "<virology>" not in render_html(run, card)
+    told = " ".join(printed(200, print_scorecard, card).split())
+    assert "boolq: 3 tasks, most lost <virology> −50.0 pts [−60.0, −40.0]; algebra −25.0 pts [−35.0, −15.0]" in told
+    assert "its 3 tasks" not in render_html(run, scorecard())
 
 
 def test_missing_files_leave_their_sections_out(tmp_path: Path) -> None:

@@ -155,7 +155,8 @@ def test_a_second_run_costs_no_base_model_work(scored: Scored, tmp_path: Path, m
             base_log_probs(Path(job.target)).touch()
         return [1.0] * len(wanted)
 
-    monkeypatch.setattr(pipeline, "run_tasks", run_tasks)
+    monkeypatch.setattr("cluster.scoring.run_tasks", run_tasks)
+    monkeypatch.setattr("cluster.scoring.num_places", lambda *_: 1)
     for number in (1, 2):
         run = RunFolder(workspace.runs / f"tiny-{number}")
         run.artifact.mkdir(parents=True)

@@ -41,6 +41,7 @@ def card(index: int, scores: list[list[float]], shares: tuple[bool, ...]) -> Sco
     )
     return Scorecard.model_construct(
         run=f"run-{index}",
+        protocol={},
         base_hash=f"hash-{index}",
         artifact_hash=f"hash-{index + 1}",
         suites=suites,

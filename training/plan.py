@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,34 +15,27 @@ from training.data.packing import looked_at, most_rows
 from training.data.schedule import Schedule, schedule_of
 from training.data.store import Numbers
 from training.errors import Problem, TenureError, fail
+from training.memory import ADAM_STATES, estimate_memory, frozen_memory, lora_shapes
 from training.models import ModelInfo
 from training.spec import RunSpec, may_pack
 from training.strategy import (
     AnyTuning,
     Distill,
-    Ewc,
     Full,
     Kl,
-    L2sp,
     Lora,
     Replay,
-    Si,
     Wise,
     is_adapter,
     merges_by_itself,
     moves_base,
-    records_path,
     tuning_refusal,
 )
 
 GIB = 2**30
-_ADAM_STATES = 2
 _CPU_ROWS = 8
 _GPU_ROWS = 8
 _GPU_TOKENS = 16_384  # of a micro-batch of packed rows: more make no step faster
-# Four bits a weight, and the scales of double quantisation (arXiv 2305.14314, section 3)
-_NF4_BYTES = 0.52
-_OVERHEAD_BYTES = int(1.2 * GIB)
 
 
 class PlannedTask(TypedDict):
@@ -309,77 +301,6 @@ def count_trainable(tuning: AnyTuning, info: ModelInfo) -> int:
     return count_moving(tuning, info.path)
 
 
-def lora_shapes(tuning: Lora, info: ModelInfo) -> dict[str, tuple[int, int]]:
-    """The linear weights that LoRA adapts, by name.
-
-    Raises:
-        TenureError: a target names no linear module of the model.
-    """
-    if tuning.target_modules == "all-linear":
-        return info.linear_shapes
-    known = sorted({name.split(".")[-2] for name in info.linear_shapes})
-    problems = [
-        Problem(f"'{target}' names no linear module", "tuning.target_modules", f"known: {', '.join(known)}")
-        for target in tuning.target_modules
-        if not any(_is_target(name, target) for name in info.linear_shapes)
-    ]
-    if problems:
-        raise TenureError(problems)
-    wanted = tuning.target_modules
-    return {n: shape for n, shape in info.linear_shapes.items() if any(_is_target(n, target) for target in wanted)}
-
-
-def _is_target(name: str, target: str) -> bool:
-    return fnmatch.fnmatch(name, f"*.{target}.weight")
-
-
-def estimate_memory(spec: RunSpec, info: ModelInfo, trainable: int, stage: int, micro: int, longest: int) -> int:
-    """Bytes that one worker needs at its peak: weights, gradients, optimizer, activations, logits, runtime."""
-    workers = spec.scaling.workers
-    width = 2 if spec.training.precision == "bf16" else 4
-    stored = _NF4_BYTES if isinstance(spec.tuning, Lora) and spec.tuning.bits else width
-    weights = info.num_parameters * stored / (workers if stage == 3 else 1)
-    gradients = trainable * width / (workers if stage >= 2 else 1)
-    masters = trainable * 4 if width == 2 else 0
-    states = (trainable * 4 * _ADAM_STATES + masters) / (workers if stage >= 1 else 1)
-    kept = protection_bytes(spec, info, trainable) / (workers if stage >= 1 else 1)
-    # 34 bytes a position, layer and hidden unit in 16 bits (arXiv 2205.05198, equation 2, without attention scores); or
-    # of one layer, and 2 for the inputs of every one (the same, section 5).
-    layers = 1 + info.num_layers * 2 / 34 if spec.training.gradient_checkpointing else info.num_layers
-    activations = 34 / 2 * width * micro * longest * info.hidden_size * layers
-    logits = 3 * 4 * micro * longest * info.vocab_size / 2
-    return int(weights + gradients + states + kept + activations + logits + _OVERHEAD_BYTES)
-
-
-def protection_bytes(spec: RunSpec, info: ModelInfo, trainable: int) -> int:
-    """Bytes that protections keep over all workers, each of which holds its share from ZeRO 1 on.
-
-    An anchor a weight, and its importance; for LoRA the importance of the adapted weights. A path being recorded
-    takes its sum and its start, and within a step the weights and gradients of before.
-    """
-    total = 0
-    for protection in spec.protections:
-        if isinstance(protection, L2sp | Ewc | Si):
-            width = 2 if not isinstance(protection, L2sp) and protection.stored == "bf16" else 4
-            weighs = not isinstance(protection, L2sp)
-            if isinstance(spec.tuning, Lora):
-                total += 4 * sum(math.prod(shape) for shape in lora_shapes(spec.tuning, info).values()) * weighs
-            else:
-                recorded = isinstance(protection, Si) and records_path(protection, spec.tuning)
-                total += trainable * width * (1 + weighs) + trainable * 16 * recorded
-    return total
-
-
-def frozen_memory(spec: RunSpec, info: ModelInfo, teacher: ModelInfo | None, rows: int, longest: int) -> int:
-    """Bytes for what a step compares with: a teacher that runs beside, and a second set of logits."""
-    width = 2 if spec.training.precision == "bf16" else 4
-    online = teacher if isinstance(spec.objective, Distill) and spec.objective.top_k is None else None
-    reads_base = spec.objective.type == "dpo" or any(isinstance(protection, Kl) for protection in spec.protections)
-    compares = online is not None or (reads_base and not moves_base(spec.tuning))
-    logits = 4 * rows * longest * info.vocab_size if compares else 0
-    return (online.num_parameters * width if online else 0) + logits
-
-
 def estimate_signals(spec: RunSpec, counts: DataCounts) -> int:
     """Bytes on disk of what frozen models say about training and replay rows: for a target k ids and k + 1 numbers."""
     kept = [p.top_k for p in spec.protections if isinstance(p, Kl)] if moves_base(spec.tuning) else []
@@ -392,7 +313,7 @@ def estimate_signals(spec: RunSpec, counts: DataCounts) -> int:
 
 def estimate_disk(spec: RunSpec, info: ModelInfo, trainable: int) -> int:
     """Bytes that checkpoints (one more than are kept) and the artifact take."""
-    checkpoint = trainable * 4 * (2 + _ADAM_STATES)
+    checkpoint = trainable * 4 * (2 + ADAM_STATES)
     adapter = is_adapter(spec.tuning)
     merged = info.num_parameters * 4 if (adapter and spec.export.merged) or merges_by_itself(spec.tuning) else 0
     artifact = trainable * 4 if adapter else info.num_parameters * 4

@@ -5,6 +5,7 @@ Paths in a spec file are relative to that file. Every class is one section of th
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -29,11 +30,14 @@ from training.strategy import (
     Distill,
     Dpo,
     Lm,
+    Lora,
     Objective,
     Protection,
     Replay,
     Sft,
     Tuning,
+    is_adapter,
+    is_served_as_adapter,
     known_model,
     missing_package,
     refusals,
@@ -151,6 +155,15 @@ class Contract(Section):
     judge_by: Literal["estimate", "interval"] = "estimate"
 
 
+class Evaluation(Section):
+    """How models are scored: `engine` writes the answers. What is only read goes through transformers in any case.
+
+    Both write greedily; the engine is part of the protocol, for the last digits of a tie may differ.
+    """
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+
+
 class Training(Section):
     """How long, how fast, in what pieces."""
 
@@ -204,6 +217,7 @@ class RunSpec(Section):
     data: Data
     suites: Suites
     contract: Contract = Contract()
+    evaluation: Evaluation = Evaluation()
     scaling: Scaling = Scaling()
     training: Training
     export: Export = Export()
@@ -245,6 +259,15 @@ class RunSpec(Section):
         for name in info.data["data"].allow_overlap if "data" in info.data else ():
             if name not in known:
                 raise fault(f"data.allow_overlap names '{name}', which is no suite", f"suites: {', '.join(known)}")
+        return value
+
+    @field_validator("evaluation")
+    @classmethod
+    def _engine_is_there(cls, value: Evaluation, info: ValidationInfo) -> Evaluation:
+        if value.engine == "vllm":
+            reason = not_for_vllm(info.data.get("tuning"), look=bool((info.context or {}).get("look_at_files")))
+            if reason:
+                raise fault(reason, "set engine: transformers", ("engine",))
         return value
 
     @field_validator("scaling")
@@ -327,6 +350,15 @@ class RunSpec(Section):
             if reason:
                 raise fault(f"{tuning.type} cannot be merged: {reason}", "remove merged: true", ("merged",))
         return value
+
+
+def not_for_vllm(tuning: Tuning | None, *, look: bool) -> str | None:
+    """Why vLLM cannot answer for a run's artifact; None when it can. `look` asks whether it is installed here."""
+    if tuning is not None and is_adapter(tuning) and not is_served_as_adapter(tuning) and unmergeable(tuning):
+        return f"vLLM takes LoRA adapters and whole models, and {tuning.type} cannot be merged"
+    if isinstance(tuning, Lora) and tuning.bits:
+        return "vLLM would load the base whole, where training has it in 4 bits"
+    return "vLLM is not installed here" if look and find_spec("vllm") is None else None
 
 
 def may_pack(spec: RunSpec) -> bool:

@@ -157,6 +157,18 @@ class Workspace:
             else:
                 return RunFolder(path)
 
+    def claim_run(self, run_id: str) -> RunFolder:
+        """The folder of a run whose id is given; one that was made and never begun is taken over.
+
+        Raises:
+            TenureError: the id is taken.
+        """
+        run = RunFolder(self.runs / run_id)
+        if run.spec.is_file():
+            raise fail(f"the id '{run_id}' is taken", str(run.path), f"give another, or: tenure resume {run_id}")
+        run.path.mkdir(parents=True, exist_ok=True)
+        return run
+
     def run(self, run_id: str) -> RunFolder:
         """The folder of a run.
 

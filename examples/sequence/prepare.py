@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 NUM_TRAIN = 96
-NUM_TEST = 24
+NUM_TEST = 40
 NUM_SENTENCES = 16
 LONGEST_CHARACTERS = 60
 LONGEST_PROBLEM = 140

@@ -35,7 +35,8 @@ class SuiteItem:
 class Answered:
     """An item's answer, its score, and its weight in the suite's mean (bytes for cross-entropy, tokens for perplexity).
 
-    `chance` is what a guess would score, `readable` whether the metric found in the answer what it looks for.
+    `chance` is what a guess would score, `readable` whether the metric found in the answer what it looks for, `part`
+    the task of a group that the item belongs to.
     """
 
     prompt: str
@@ -45,6 +46,7 @@ class Answered:
     weight: float
     chance: float = 0.0
     readable: bool = True
+    part: str | None = None
 
 
 def read_items(suite: FileSuite) -> list[SuiteItem]:

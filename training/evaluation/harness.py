@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from training.data.tokens import continued_ids, text_ids
 from training.evaluation.likelihood import BatchSize, Likelihoods, Pair
-from training.evaluation.suites import context_ids
+from training.evaluation.suites import Question, ask, context_ids
 from training.suite_spec import FileSuite
 
 # Prompts that are answered together at first; on a GPU their number follows its memory.
@@ -38,13 +37,15 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         first = (GPU_ROWS if gpu else CPU_ROWS) if batch_size == "auto" else batch_size
         self._rows = BatchSize(first, MOST_ROWS if batch_size == "auto" else first, self.device)
         self._likelihoods = Likelihoods(self.model, self.max_length, None if batch_size == "auto" else batch_size)
-        self._answers: dict[str, str] = {}
+        self._answers: dict[Question, str] = {}
+        self._knows_all = False
         self._context: tuple[FileSuite | None, str, list[int]] = (None, "", [])
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers in order; a prompt that two suites ask, such as a table's form and its sums, is answered once."""
-        keys = [self._key(*request.args) for request in requests]
+        keys = [self._question(*request.args) for request in requests]
         new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._answers}
+        assert not (new and self._knows_all), "the engine that answers was not asked this"
         ordered = sorted(new, key=lambda key: -len(new[key].args[0]))
         while ordered:
             batch = ordered[: self._rows.value]
@@ -52,6 +53,10 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             self._answers |= zip(batch, found, strict=False)
             ordered = ordered[len(found) :]
         return [self._answers[key] for key in keys]
+
+    def know(self, answers: dict[Question, str]) -> None:
+        """Take the answers to all questions from another engine."""
+        self._answers, self._knows_all = dict(answers), True
 
     def _generated(self, requests: list[Instance]) -> list[str]:
         """Answers of one batch; none where memory ran out, and the batch size was halved."""
@@ -87,8 +92,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
             yield make_disjoint_window(window)
 
-    def _key(self, prompt: str, settings: dict[str, Any]) -> str:
-        return json.dumps([context_ids(self.suite, prompt, self.tokenizer), settings], sort_keys=True)
+    def _question(self, prompt: str, settings: dict[str, Any]) -> Question:
+        return ask(self.suite, prompt, self.tokenizer, settings["max_gen_toks"], self.max_length)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any

@@ -1,7 +1,8 @@
 """Tasks of lm-evaluation-harness as suites, scored as the harness itself scores them.
 
-A task brings its own prompts, which reach the model as the harness encodes them: so the figures are those of its own
-command line. Names and files are looked up, and their data loaded, before anything is trained.
+A group or tag of tasks is one suite, whose items say which task they are of. A task brings its own prompts, which reach
+the model as the harness encodes them: so the figures are those of its own command line. Names and files are looked up,
+and their data loaded, before anything is trained.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.data.items import Answered
@@ -20,42 +24,98 @@ if TYPE_CHECKING:
     from training.evaluation.harness import HarnessModel
 
 _FEW_SHOT_SEED = 1234  # the harness's own
+_OWN_SUITE = "write the items to a JSONL file, as a suite with a metric of Tenure's"
+_ONE_BY_ONE = "its tasks share no such metric: list them as suites of their own"
 
 
-def load_task(suite: Harness) -> Any:
-    """The harness's task, with its data.
+@dataclass(frozen=True)
+class HarnessTasks:
+    """What a suite of the harness is made of: one task, or those of a group or tag, with their data.
+
+    `by_size` says how a group's tasks are averaged: every item alike, or every task alike.
+    """
+
+    tasks: dict[str, Any]
+    metric: str
+    by_size: bool = True
+
+    @property
+    def is_group(self) -> bool:
+        return len(self.tasks) > 1
+
+
+def load_tasks(suite: Harness) -> HarnessTasks:
+    """The task of the harness that a suite names, or all of its group or tag.
 
     Raises:
-        TenureError: there is no such task, it is a group of tasks, its data is not on this machine, or the asked-for
-            metric is no mean over items.
+        TenureError: there is no such task, the data of one is not on this machine, or the asked-for metric is no mean
+            over items in all of them.
     """
-    tasks = _loaded(suite)
-    if len(tasks) != 1:
-        names = ", ".join(list(tasks)[:8])
-        raise fail(f"'{suite.harness}' is a group of {len(tasks)} tasks", suite.name, f"name one of them: {names}")
-    task = next(iter(tasks.values()))
-    if suite.few_shot is not None:
-        task.set_config(key="num_fewshot", value=suite.few_shot)
-    elif task.get_config("num_fewshot") is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=_FEW_SHOT_SEED)
-    score_of(suite, task)
-    return task
+    found = _loaded(suite)
+    tasks, group = dict(found["tasks"]), found["groups"].get(_group_name(found))
+    for task in tasks.values():
+        if suite.few_shot is not None:
+            task.set_config(key="num_fewshot", value=suite.few_shot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_FEW_SHOT_SEED)
+    aggregated = list(group.aggregate_metric_list or ()) if group else []
+    metric = score_of(suite, tasks, [config.metric for config in aggregated])
+    by_size = next((config.weight_by_size for config in aggregated if config.metric == metric), True)
+    return HarnessTasks(tasks, metric, by_size)
+
+
+def _group_name(found: dict[str, Any]) -> str | None:
+    """The group that was asked for: the one that is part of no other."""
+    inner = {child for children in found["group_map"].values() for child in children}
+    return next((name for name in found["groups"] if name not in inner), None)
 
 
 def _loaded(suite: Harness) -> dict[str, Any]:
     from datasets.exceptions import DatasetsError
 
-    from_file = suite.harness.endswith((".yaml", ".yml"))
-    manager = _manager(with_names=not from_file)
-    if not from_file and suite.harness not in manager.task_index:
+    try:
+        found = _found(suite)
+    except (OSError, DatasetsError, ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise _unloadable(suite, error) from None
+    if not found["tasks"]:
+        raise fail(f"'{suite.harness}' is a group without tasks", suite.name, "name a group with tasks, or a task")
+    return found
+
+
+def _found(suite: Harness) -> dict[str, Any]:
+    """What a name or file stands for. A group's file may name the tasks of other files in its folder."""
+    if suite.harness.endswith((".yaml", ".yml")):
+        path = Path(suite.harness)
+        group = _group_in(path)
+        return dict(_of_folder(path.parent, group) if group else _manager(with_names=False).load([suite.harness]))
+    manager = _manager(with_names=True)
+    if suite.harness not in manager.task_index:
         close = difflib.get_close_matches(suite.harness, manager.all_tasks, n=3, cutoff=0.6)
         instead = f"did you mean {', '.join(close)}?" if close else "give a task's name, or the path of its YAML file"
         raise fail(f"lm-evaluation-harness has no task '{suite.harness}'", suite.name, instead)
-    try:
-        return dict(manager.load([suite.harness])["tasks"])
-    except (OSError, DatasetsError, ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise _unloadable(suite, error) from None
+    return dict(manager.load([suite.harness]))
+
+
+def _group_in(path: Path) -> dict[str, Any] | None:
+    """What the file says where it describes a group. A task's file may name Python functions, so it is left alone."""
+    import yaml
+
+    class Tolerant(yaml.SafeLoader):
+        pass
+
+    Tolerant.add_multi_constructor("!", lambda *_: None)
+    config = yaml.load(path.read_text(encoding="utf-8"), Loader=Tolerant)
+    return config if isinstance(config, dict) and "group" in config else None
+
+
+def _of_folder(folder: Path, group: dict[str, Any]) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    beside = TaskManager(include_path=folder, include_defaults=False)
+    named = [child for child in group.get("task", []) if isinstance(child, str)]
+    whole = all(name in beside.task_index for name in named)
+    return (beside if whole else TaskManager(include_path=folder)).load([group["group"]])
 
 
 def _unloadable(suite: Harness, error: Exception) -> TenureError:
@@ -73,39 +133,50 @@ def _manager(*, with_names: bool) -> Any:
     return TaskManager(include_defaults=with_names)
 
 
-def score_of(suite: Harness, task: Any) -> str:
-    """The name of the task's metric that the suite is scored by.
+def score_of(suite: Harness, tasks: Mapping[str, Any], aggregated: Sequence[str] = ()) -> str:
+    """The name of the metric that a suite's tasks are scored by: its own, the group's, or the first that all have.
 
     Raises:
-        TenureError: the task has none of that name, or it is no mean over items of which more is better.
+        TenureError: a task has none of that name, or it is no mean over items of which more is better.
     """
-    from lm_eval.api.metrics import mean
-
-    aggregations, better = task.aggregation(), task.higher_is_better()
-    fit = [name for name, how in aggregations.items() if how is mean and better.get(name, True)]
-    chosen = suite.score or next(iter(fit), next(iter(aggregations)))
-    if chosen in fit:
+    fit = [_means(task) for task in tasks.values()]
+    shared = [name for name in (*aggregated, *fit[0]) if all(name in names for names in fit)]
+    chosen = suite.score or next(iter(shared), None)
+    if chosen in shared:
         return str(chosen)
-    instead = f"set score: {fit[0]}" if fit else "write the items to a JSONL file, as a suite with a metric of Tenure's"
-    if chosen not in aggregations:
-        raise fail(f"the task '{suite.harness}' has no metric '{chosen}'", suite.name, instead)
-    what = f"the metric '{chosen}' of the task '{suite.harness}' is no mean over items of which more is better"
+    lacking = next((name for name, names in zip(tasks, fit, strict=True) if chosen not in names), suite.harness)
+    chosen = chosen or next(iter(tasks[lacking].aggregation()))
+    instead = f"set score: {shared[0]}" if shared else _OWN_SUITE if len(tasks) == 1 else _ONE_BY_ONE
+    if chosen not in tasks[lacking].aggregation():
+        raise fail(f"the task '{lacking}' has no metric '{chosen}'", suite.name, instead)
+    what = f"the metric '{chosen}' of the task '{lacking}' is no mean over items of which more is better"
     raise fail(what, suite.name, instead)
 
 
+def _means(task: Any) -> list[str]:
+    """The metrics of a task that are means over items of which more is better."""
+    from lm_eval.api.metrics import mean
+
+    better = task.higher_is_better()
+    return [name for name, how in task.aggregation().items() if how is mean and better.get(name, True)]
+
+
 def hash_task(suite: Harness) -> str:
-    """A hash of the task's settings and of the documents that are scored."""
-    task = load_task(suite)
-    settings = {key: str(value) for key, value in task.dump_config().items() if not callable(value)}
-    documents = list(task.eval_docs)[: suite.limit]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for document in documents:
-        digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+    """A hash of the settings of a suite's tasks and of the documents that are scored."""
+    loaded = load_tasks(suite)
+    digest = hashlib.sha256()
+    for task in loaded.tasks.values():
+        settings = {key: str(value) for key, value in task.dump_config().items() if not callable(value)}
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        for document in list(task.eval_docs)[: suite.limit]:
+            digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+    if loaded.is_group:
+        digest.update(json.dumps([loaded.metric, loaded.by_size]).encode())
     return digest.hexdigest()
 
 
 def score_task(suite: Harness, language_model: HarnessModel) -> list[Answered]:
-    """Every item's answer under the harness's own backend, in order.
+    """Every item's answer under the harness's own backend, task by task, in order. `limit` counts a task's items.
 
     Raises:
         TenureError: a score is no share between 0 and 1.
@@ -115,23 +186,33 @@ def score_task(suite: Harness, language_model: HarnessModel) -> list[Answered]:
 
     from training.evaluation.harness import CPU_ROWS, GPU_ROWS
 
-    task = load_task(suite)
-    name = score_of(suite, task)
+    loaded = load_tasks(suite)
     rows = GPU_ROWS if language_model.device.type == "cuda" else CPU_ROWS
     plain = HFLM(pretrained=language_model.model, tokenizer=language_model.tokenizer, batch_size=rows)
     results = evaluate(
         plain,
-        {"tasks": {task.task_name: task}, "groups": {}, "group_map": {}},
+        {"tasks": loaded.tasks, "groups": {}, "group_map": {}},
         limit=suite.limit,
         bootstrap_iters=0,
         log_samples=True,
         apply_chat_template=suite.chat,
     )
     assert results is not None
-    samples = results["samples"][task.task_name]
+    answers = {name: _of_task(suite, loaded, name, results["samples"][name]) for name in loaded.tasks}
+    return _joined(answers, loaded) if loaded.is_group else next(iter(answers.values()))
+
+
+def _of_task(suite: Harness, loaded: HarnessTasks, name: str, samples: list[dict[str, Any]]) -> list[Answered]:
     first_filter = samples[0]["filter"]
     chosen = sorted((s for s in samples if s["filter"] == first_filter), key=lambda s: int(s["doc_id"]))
-    return [_answered(suite, task, name, sample) for sample in chosen]
+    return [_answered(suite, loaded.tasks[name], loaded.metric, sample) for sample in chosen]
+
+
+def _joined(answers: dict[str, list[Answered]], loaded: HarnessTasks) -> list[Answered]:
+    """The items of all tasks, each with its task's name; where tasks count alike, those of a small one weigh more."""
+    mean = sum(map(len, answers.values())) / len(answers)
+    weights = {name: 1.0 if loaded.by_size else mean / len(items) for name, items in answers.items()}
+    return [replace(item, part=name, weight=weights[name]) for name, items in answers.items() for item in items]
 
 
 def _answered(suite: Harness, task: Any, name: str, sample: dict[str, Any]) -> Answered:

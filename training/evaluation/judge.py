@@ -14,7 +14,7 @@ from training.data.items import Answered
 from training.evaluation.contract import judge, num_to_decide, state_of
 from training.evaluation.metrics import ANSWER_METRICS, NATS, same_answer
 from training.evaluation.overall import promises, summarise_forgetting
-from training.evaluation.scorecard import DataSummary, Item, KlToBase, Probe, Scorecard, State, SuiteScore
+from training.evaluation.scorecard import DataSummary, Item, KlToBase, Probe, Scorecard, State, SuitePart, SuiteScore
 from training.evaluation.stats import bootstrap_interval, discordant, holm, p_value, paired_interval
 from training.models import hash_folder
 from training.spec import Contract, RunSpec
@@ -116,13 +116,35 @@ def score_suite(
         interval_method=method,
         state=state,
         items_to_decide=num_to_decide(change, interval, least, len(items)) if state == "undecided" else None,
-        chance=float(np.mean([answer.chance for answer in base])) if unit == "share" else None,
+        chance=float(np.average([answer.chance for answer in base], weights=weights)) if unit == "share" else None,
         p_value=p_value(gains, weights),
         lost=lost,
         won=won,
         agreement=_agreement(items) if unit == "share" else None,
         answer_words=(_mean_words(base), _mean_words(tuned)) if spoken else None,
         notes=tuple(notes_on(suite, role, base, tuned, threshold)),
+        parts=_parts(items),
+    )
+
+
+def _parts(items: Sequence[Item]) -> tuple[SuitePart, ...]:
+    """Both scores of every task of a group, in order; a suite that is no group has none."""
+    names = dict.fromkeys(item.part for item in items if item.part is not None)
+    return tuple(_part(name, [item for item in items if item.part == name]) for name in names)
+
+
+def _part(name: str, items: Sequence[Item]) -> SuitePart:
+    before, after = (np.array([getattr(item, key) for item in items]) for key in ("base_score", "tuned_score"))
+    won, lost = discordant(after - before)
+    return SuitePart(
+        name=name,
+        num_items=len(items),
+        base=float(before.mean()),
+        tuned=float(after.mean()),
+        change=float((after - before).mean()),
+        interval=paired_interval(after - before, np.ones(len(items)))[0],
+        lost=lost,
+        won=won,
     )
 
 
@@ -169,7 +191,9 @@ def notes_on(
 
 
 def _at_chance(role: str, base: list[Answered]) -> Iterator[str]:
-    score, chance = (float(np.mean([getattr(answer, name) for answer in base])) for name in ("score", "chance"))
+    weights = [answer.weight for answer in base]
+    columns = ([getattr(answer, name) for answer in base] for name in ("score", "chance"))
+    score, chance = (float(np.average(column, weights=weights)) for column in columns)
     if role == "retention" and score <= chance:
         yield f"the base scores {score:.4f} where chance gives {chance:.4f}: there is nothing that could be forgotten"
 
@@ -199,6 +223,7 @@ def _item(index: int, base: Answered, tuned: Answered) -> Item:
         base_score=base.score,
         tuned_score=tuned.score,
         weight=base.weight,
+        part=base.part,
     )
 
 

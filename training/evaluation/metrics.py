@@ -226,5 +226,12 @@ ANSWER_METRICS: dict[type, Callable[[Any, str, str], Worth]] = {
     Agreement: agreement,
 }
 
+
+def worth_of(suite: Any, answer: str, right: str) -> Worth:
+    """What an answer is worth by its suite's metric; an empty one is wrong, whatever the metric makes of it."""
+    found = ANSWER_METRICS[type(suite)](suite, answer, right)
+    return found if answer.strip() else Worth(0.0, found.readable)
+
+
 # Metrics whose items are no shares in [0, 1]: their unit. Of these, lower is better.
 NATS = {"cross_entropy": "nats per byte", "perplexity": "nats per token"}

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from training.data.items import Answered
-from training.evaluation.judge import against_base, threshold_of
+from training.evaluation.judge import FEW_ITEMS, against_base, threshold_of
 from training.evaluation.metrics import NATS
 from training.evaluation.stats import items_to_see
 from training.spec import RunSpec
-from training.suite_spec import AnySuite
+from training.suite_spec import Answering, AnySuite
 
 # Var(tuned - base) over Var(base), item by item: the upper end of what was measured (docs/measures.md).
 # A target is expected to change anywhere, as if base and tuned were independent.
@@ -24,7 +24,10 @@ _ONE_SIDED = 1.645  # the normal's 95 % point
 
 @dataclass(frozen=True)
 class Power:
-    """What one suite can show. `above_chance` and `items_above_chance` are about retention suites alone."""
+    """What one suite can show. `above_chance` and `items_above_chance` are about retention suites alone.
+
+    `silent` and `unreadable` count the base's answers that are empty, or in which the metric finds nothing to read.
+    """
 
     name: str
     role: Literal["target", "retention"]
@@ -35,6 +38,8 @@ class Power:
     items_to_see: int | None
     above_chance: bool = True
     items_above_chance: int | None = None
+    silent: int = 0
+    unreadable: int = 0
 
     @property
     def enough(self) -> bool:
@@ -52,10 +57,12 @@ def _power(suite: AnySuite, role: Literal["target", "retention"], answers: Seque
     answers = against_base(suite, list(answers), list(answers))[0]
     scores, weights = (np.array([getattr(answer, name) for answer in answers]) for name in ("score", "weight"))
     share = suite.metric not in NATS
-    base, chance = float(np.average(scores, weights=weights)), float(np.mean([a.chance for a in answers]))
+    base, chance = (float(np.average(v, weights=weights)) for v in (scores, [a.chance for a in answers]))
     threshold = threshold_of(suite, role, spec.contract)
     needed = items_to_see(threshold, _deviation(scores, weights, role, threshold, share))
-    power = Power(suite.name, role, len(answers), base, chance, threshold, needed)
+    silent = sum(not answer.answer.strip() for answer in answers) if isinstance(suite, get_args(Answering)) else 0
+    unreadable = sum(not answer.readable for answer in answers)
+    power = Power(suite.name, role, len(answers), base, chance, threshold, needed, silent=silent, unreadable=unreadable)
     return _with_chance(power, share) if role == "retention" else power
 
 
@@ -83,6 +90,9 @@ def _with_chance(power: Power, share: bool) -> Power:
 def warnings(found: Sequence[Power]) -> Iterator[str]:
     """A sentence for every suite that cannot show what it is asked for."""
     for power in found:
+        yield from _answer_warnings(power)
+        if power.num_items < FEW_ITEMS:
+            yield f"{power.name}: {power.num_items} items are too few to tell a change from chance"
         if not power.above_chance:
             yield f"{power.name}: {_chance_text(power)}"
         if not power.enough and power.items_to_see is not None:
@@ -91,6 +101,13 @@ def warnings(found: Sequence[Power]) -> Iterator[str]:
                 f"{power.name}: {power.num_items:,} items are too few to see a {change} of {power.threshold:g}: "
                 f"it would take about {power.items_to_see:,}"
             )
+
+
+def _answer_warnings(power: Power) -> Iterator[str]:
+    if power.silent:
+        yield f"{power.name}: the base answers nothing to {power.silent:,} of {power.num_items:,} items"
+    if power.unreadable:
+        yield f"{power.name}: the metric can read nothing in {power.unreadable:,} of {power.num_items:,} of its answers"
 
 
 def _chance_text(power: Power) -> str:

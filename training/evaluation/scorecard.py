@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from training.errors import fail
 
@@ -15,7 +15,10 @@ class _Record(BaseModel):
 
 
 class Item(_Record):
-    """One test item, its two answers and their scores (a share in [0, 1], or nats per byte)."""
+    """One test item, its two answers and their scores (a share in [0, 1], or nats per byte).
+
+    `part` is the task that it belongs to, where the suite is a group of tasks.
+    """
 
     index: int
     prompt: str
@@ -25,8 +28,23 @@ class Item(_Record):
     base_score: float
     tuned_score: float
     weight: float = 1.0
+    part: str | None = None
 
 
+class SuitePart(_Record):
+    """One task of a suite that is a group of tasks; `change` is positive where tuned is better."""
+
+    name: str
+    num_items: int
+    base: float
+    tuned: float
+    change: float
+    interval: tuple[float, float]
+    lost: int
+    won: int
+
+
+_SCORE_AGAIN = "score the run again: remove the file, then tenure resume RUN; or read it with the Tenure that wrote it"
 State = Literal["kept", "broken", "undecided"]
 
 
@@ -59,6 +77,7 @@ class SuiteScore(_Record):
     agreement: float | None = None
     answer_words: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
+    parts: tuple[SuitePart, ...] = ()
 
     @property
     def verdict(self) -> State:
@@ -160,9 +179,21 @@ def read_scorecard(path: Path) -> Scorecard:
     """The scorecard in a file.
 
     Raises:
-        TenureError: the run was never scored.
+        TenureError: the run was never scored, or the file is damaged or of another Tenure.
     """
     if not path.is_file():
         run = path.parent.name
         raise fail(f"run '{run}' has no scorecard", str(path), f"it did not end; see its logs, or tenure resume {run}")
-    return Scorecard.model_validate_json(path.read_text(encoding="utf-8"))
+    try:
+        return Scorecard.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise fail(f"this is no scorecard that this Tenure reads: {_reason(error)}", str(path), _SCORE_AGAIN) from None
+
+
+def _reason(error: Exception) -> str:
+    """The first thing that is wrong, with the key it is wrong at."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    at = ".".join(map(str, first["loc"]))
+    return f"{at}: {first['msg']}" if at else str(first["msg"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +24,9 @@ from training.data.locations import hash_data
 from training.data.tokens import text_ids
 from training.errors import fail
 from training.evaluation.kl import kl_to_base
-from training.evaluation.metrics import ANSWER_METRICS, NATS
+from training.evaluation.metrics import NATS, worth_of
 from training.evaluation.scorecard import Probe
-from training.evaluation.suites import RenderedItem, context_ids, encode_item, render_item
+from training.evaluation.suites import Question, RenderedItem, context_ids, encode_item, render_item
 from training.models import hash_file, hash_folder
 from training.spec import RunSpec
 from training.suite_spec import (
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 48
 _PROBE_SENTENCE = "The sun rises in the east, and it sets in the west."
-_SCORING_VERSION = 4
+_SCORING_VERSION = 5
 _DIVERGED = "the training diverged: lower training.learning_rate, or set training.precision: fp32"
 
 
@@ -59,7 +60,8 @@ class ScoreJob:
     """What a scoring process is sent: the base, an adapter or a whole tuned model, and where to put the answer.
 
     `base_scores` is where the base's own answer lies, with whose distributions a tuned model's are compared; without
-    it they are not.
+    it they are not. A part of a job (training/evaluation/parts.py) names its `suites`; the first has the probes and the
+    comparison with the base.
     """
 
     spec: dict[str, Any]
@@ -69,6 +71,8 @@ class ScoreJob:
     target: str
     log: str
     base_scores: str | None = None
+    suites: tuple[str, ...] | None = None
+    is_first: bool = True
 
 
 def protocol_of(spec: RunSpec, precision: str) -> dict[str, str | int | float | bool | None]:
@@ -81,6 +85,8 @@ def protocol_of(spec: RunSpec, precision: str) -> dict[str, str | int | float | 
         "decoding": "greedy",
         "few_shot": 0,
     }
+    if spec.evaluation.engine == "vllm":
+        protocol["engine"] = f"vllm {_vllm_version()}"
     unscored = {"path", "min_gain", "max_loss", "json_schema", "inherited_from"}
     for suite in spec.suites.every:
         settings = suite.model_dump(mode="json", exclude=unscored)
@@ -89,6 +95,12 @@ def protocol_of(spec: RunSpec, precision: str) -> dict[str, str | int | float | 
         if isinstance(suite, ValidJson) and suite.json_schema is not None:
             protocol[f"schema.{suite.name}"] = hash_file(Path(suite.json_schema))
     return protocol
+
+
+def _vllm_version() -> str:
+    from vllm import __version__
+
+    return str(__version__)
 
 
 def _hash_of_data(suite: AnySuite) -> str:
@@ -119,9 +131,13 @@ def score_model(job: ScoreJob) -> float:
     with output_to(Path(job.log)), explained_at(Path(job.log)), alone():
         started = time.monotonic()
         spec = RunSpec.model_validate(job.spec)
+        written = _written_by_vllm(job, spec) if spec.evaluation.engine == "vllm" else None
         language_model = _load(job)
-        suites, probes = ask_suites(spec, language_model)
-        kl = _kl(job, spec, language_model)
+        if written is not None:
+            language_model.know(written)
+        suites = answers_to(_asked(job, spec), language_model)
+        probes = probes_of(spec, language_model) if job.is_first else ()
+        kl = _kl(job, spec, language_model) if job.is_first else {}
         seconds = time.monotonic() - started
         answers = {name: [vars(answer) for answer in answers] for name, answers in suites.items()}
         told = [probe.model_dump(mode="json") for probe in probes]
@@ -131,8 +147,48 @@ def score_model(job: ScoreJob) -> float:
 
 def ask_suites(spec: RunSpec, language_model: HarnessModel) -> tuple[dict[str, list[Answered]], tuple[Probe, ...]]:
     """A loaded model's answers to every suite of a spec by the suite's name, and its probes."""
-    suites = {suite.name: _score_suite(suite, language_model) for suite in spec.suites.every}
-    return suites, tuple(Probe.model_validate(probe) for probe in _probe(spec.suites.all, language_model))
+    return answers_to(spec.suites.every, language_model), probes_of(spec, language_model)
+
+
+def _asked(job: ScoreJob, spec: RunSpec) -> list[AnySuite]:
+    return [suite for suite in spec.suites.every if job.suites is None or suite.name in job.suites]
+
+
+def _written_by_vllm(job: ScoreJob, spec: RunSpec) -> dict[Question, str]:
+    """The answers to all that the job's suites ask, before the model is loaded to be read."""
+    import torch
+
+    from training.evaluation import vllm_answers as vllm
+
+    gpu, base = torch.cuda.is_available(), Path(job.base)
+    tokenizer = load_tokenizer(base)
+    asked = [suite for suite in _asked(job, spec) if isinstance(suite, get_args(Answering))]
+    weights = vllm.Weights.of(base, Path(job.artifact) if job.artifact else None, spec.tuning)
+    questions = vllm.questions_of(asked, tokenizer, vllm.max_length_of(weights.model, tokenizer))
+    return vllm.answer(weights, questions, tokenizer, scoring_precision(int(gpu)), gpu=gpu)
+
+
+def answers_to(suites: Sequence[AnySuite], language_model: HarnessModel) -> dict[str, list[Answered]]:
+    """A loaded model's answers by the suite's name."""
+    return {suite.name: _checked(suite, _score_suite(suite, language_model)) for suite in suites}
+
+
+def probes_of(spec: RunSpec, language_model: HarnessModel) -> tuple[Probe, ...]:
+    """Teacher-forced log-probabilities of a few prompts of a spec's suites."""
+    return tuple(Probe.model_validate(probe) for probe in _probe(spec.suites.all, language_model))
+
+
+def _checked(suite: AnySuite, answers: list[Answered]) -> list[Answered]:
+    """The answers, whose scores are numbers: a mean over one that is none says nothing.
+
+    Raises:
+        TenureError: one is none.
+    """
+    for index, answer in enumerate(answers):
+        if not math.isfinite(answer.score):
+            what = f"the model gives item {index} a score that is no finite number ({answer.score})"
+            raise fail(what, suite.name, _DIVERGED)
+    return answers
 
 
 def held_model(model: Any, base: Path) -> HarnessModel:
@@ -145,7 +201,7 @@ def held_model(model: Any, base: Path) -> HarnessModel:
 def _kl(job: ScoreJob, spec: RunSpec, language_model: HarnessModel) -> dict[str, list[tuple[float, int]]]:
     """KL to the base by role; the base leaves its log-probabilities beside its scores."""
     is_base = job.artifact is None
-    beside = job.target if is_base else job.base_scores
+    beside = job.base_scores or (job.target if is_base else None)
     if beside is None:
         return {}
     tokenizer, most = language_model.tokenizer, language_model.max_length
@@ -270,7 +326,7 @@ def _harness_task(suite: FileSuite, rendered: list[RenderedItem], language_model
 
 def _answering_settings(suite: Answering) -> dict[str, Any]:
     def process(document: dict[str, Any], results: list[str]) -> dict[str, float]:
-        return {"score": ANSWER_METRICS[type(suite)](suite, results[0], document["target"]).score}
+        return {"score": worth_of(suite, results[0], document["target"]).score}
 
     return {
         "output_type": "generate_until",
@@ -316,7 +372,7 @@ def _answered(suite: FileSuite, item: SuiteItem, sample: dict[str, Any]) -> Answ
         score, size = float(sample["score"]), float(sample["doc"]["size"])
         return Answered(item.prompt, item.completion, f"{score:.4f} {NATS[suite.metric]}", score, size)
     answer = str(sample["filtered_resps"][0])
-    worth = ANSWER_METRICS[type(suite)](suite, answer, item.completion)
+    worth = worth_of(suite, answer, item.completion)
     chance = 1 / len(suite.labels) if isinstance(suite, Classification) else 0.0
     return Answered(item.prompt, item.completion, answer, worth.score, 1.0, chance, worth.readable)
 

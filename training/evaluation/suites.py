@@ -68,6 +68,22 @@ def encode_item(suite: FileSuite, item: SuiteItem, tokenizer: PreTrainedTokenize
     return Encoded(tuple(ids[-max_length:]), tuple(is_target[-max_length:]))
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a model is to answer: the ids of a prompt, and how many tokens the answer may have."""
+
+    ids: tuple[int, ...]
+    max_new_tokens: int
+
+
+def ask(
+    suite: FileSuite, prompt: str, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, max_length: int
+) -> Question:
+    """A rendered prompt as a question; one that is too long is cut on the left, so that its answer has room."""
+    ids = context_ids(suite, prompt, tokenizer)
+    return Question(tuple(ids[-(max_length - max_new_tokens) :]), max_new_tokens)
+
+
 def context_ids(suite: FileSuite, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of a rendered prompt. Text without a prompt is scored from its first token on, after one start token."""
     if not prompt:

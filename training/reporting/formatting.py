@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from training.evaluation.scorecard import Item, Scorecard, SuiteScore
+from training.evaluation.scorecard import Item, Scorecard, SuitePart, SuiteScore
 from training.reporting.wise import WiseCurve
 
 MAX_TEXT_CHARACTERS = 2000
@@ -64,6 +64,22 @@ def interval_text(suite: SuiteScore) -> str:
     """The 95 % interval of the change, in the change's unit."""
     low, high = (_signed(suite, value) for value in suite.interval)
     return f"[{low}, {high}]"
+
+
+def part_interval_text(suite: SuiteScore, part: SuitePart) -> str:
+    """The 95 % interval of one task's change."""
+    return interval_text(suite.model_copy(update={"interval": part.interval}))
+
+
+def part_lines(scorecard: Scorecard, limit: int = 3) -> Iterator[str]:
+    """Of every suite that is a group of tasks, the tasks that lost most; the page and scorecard.json hold all."""
+    for suite in scorecard.suites:
+        worst = sorted((part for part in suite.parts if part.change < 0), key=lambda part: part.change)[:limit]
+        told = "; ".join(
+            f"{part.name} {change_text(suite, part.change)} {part_interval_text(suite, part)}" for part in worst
+        )
+        if suite.parts:
+            yield f"{suite.name}: {len(suite.parts)} tasks, " + (f"most lost {told}" if told else "none of them lost")
 
 
 def threshold_text(suite: SuiteScore) -> str:

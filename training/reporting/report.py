@@ -30,7 +30,9 @@ def print_scorecard(console: Console, scorecard: Scorecard) -> None:
     """Print the verdict, every suite's scores, and up to three answers before and after."""
     _print_verdict(console, scorecard)
     console.print(Padding(_suite_table(scorecard), (1, 0)))
-    for line in filter(None, (*text.forgetting_lines(scorecard), text.data_line(scorecard))):
+    for line in filter(
+        None, (*text.part_lines(scorecard), *text.forgetting_lines(scorecard), text.data_line(scorecard))
+    ):
         console.print(_plain(line))
     console.print(Text(_legend(scorecard), "dim"))
     for example in text.pick_examples(scorecard):

@@ -63,6 +63,19 @@ class SequenceFolder:
         return SequenceSpec.model_validate(read_json(self.spec))
 
 
+def claim_sequence(workspace: Workspace, sequence_id: str) -> SequenceFolder:
+    """The folder of a sequence whose id is given; one that was made and never begun is taken over.
+
+    Raises:
+        TenureError: the id is taken.
+    """
+    folder = SequenceFolder(_root(workspace) / sequence_id)
+    if folder.spec.is_file():
+        raise fail(f"the id '{sequence_id}' is taken", str(folder.path), "give another, or go on: tenure resume ID")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def new_sequence(workspace: Workspace, name: str) -> SequenceFolder:
     """A fresh folder NAME-N, N above those of all sequences and runs of that name, so that an id names one of both."""
     folder = _root(workspace)

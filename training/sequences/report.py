@@ -33,7 +33,9 @@ def print_sequence(console: Console, result: SequenceResult) -> None:
     console.print(Text("Brackets: the task just learned. Of nats, lower is better. –: not scored.", "dim"))
     for name, value, meaning in figure_rows(result):
         console.print(Text.assemble(f"{name:<18}", (f"{value:>10}", "bold"), (f"  {meaning}", "dim")))
-    if result.figures is None and result.num_learned:
+    for line in unlike_lines(result):
+        console.print(Text(line, "bold yellow"))
+    if result.figures is None and result.num_learned and not result.unlike:
         console.print(Text(_UNITS_DIFFER, "dim"))
     if result.forgotten:
         told = ", ".join(f"{task} {value}" for task, value in forgotten_rows(result))
@@ -41,6 +43,14 @@ def print_sequence(console: Console, result: SequenceResult) -> None:
 
 
 _UNITS_DIFFER = "The tasks' suites have different units, so there are no figures over all of them."
+
+
+def unlike_lines(result: SequenceResult) -> list[str]:
+    """What is said where the runs' protocols differ: nothing is computed of such scores."""
+    if not result.unlike:
+        return []
+    head = "The runs were scored under different protocols, so there are no figures over them:"
+    return [head, *(printable(line) for line in result.unlike)]
 
 
 def figure_rows(result: SequenceResult) -> list[tuple[str, str, str]]:
@@ -109,7 +119,8 @@ def render_sequence(result: SequenceResult) -> str:
             heat_map=Markup(draw_heat_map("tasks", title, result, tasks)),
             others=Markup(draw_heat_map("others", "Other suites after each task", result, others)) if others else None,
             figures=figure_rows(result),
-            units_differ=_UNITS_DIFFER if result.figures is None else None,
+            units_differ=_UNITS_DIFFER if result.figures is None and not result.unlike else None,
+            unlike=unlike_lines(result),
             forgotten=forgotten_rows(result),
             rows=list(zip(row_labels(result), result.rows, strict=True)),
             colours=COLOURS,

@@ -62,7 +62,8 @@ class SequenceResult(_Record):
     """R: a row for the base and one for the model after each task, a column for each suite, tasks first.
 
     `figures` are over the tasks learned so far; None where the tasks' suites have different units, or before the first
-    task is learned. `forgotten` is by task: the best earlier score less the last, positive is forgetting.
+    task is learned. `forgotten` is by task: the best earlier score less the last, positive is forgetting. `unlike` says
+    what differs between the runs' protocols; then neither is there, for such scores do not compare.
     """
 
     schema_version: Literal[1] = 1
@@ -73,6 +74,7 @@ class SequenceResult(_Record):
     rows: tuple[Row, ...]
     figures: Figures | None
     forgotten: dict[str, float]
+    unlike: tuple[str, ...] = ()
 
     @property
     def num_learned(self) -> int:
@@ -88,7 +90,8 @@ def make_result(sequence_id: str, sequence: SequenceSpec, cards: Sequence[Scorec
     columns = _columns(sequence, cards)
     rows = tuple(_rows(columns, sequence, cards))
     square = len(cards)
-    figures, forgotten = _figures(columns[: len(sequence.tasks)], rows, square)
+    unlike = _unlike(cards)
+    figures, forgotten = (None, []) if unlike else _figures(columns[: len(sequence.tasks)], rows, square)
     tasks = tuple(task.name for task in sequence.tasks)
     return SequenceResult(
         sequence=sequence_id,
@@ -98,7 +101,18 @@ def make_result(sequence_id: str, sequence: SequenceSpec, cards: Sequence[Scorec
         rows=rows,
         figures=figures,
         forgotten=dict(zip(tasks, forgotten, strict=False)),
+        unlike=unlike,
     )
+
+
+def _unlike(cards: Sequence[Scorecard]) -> tuple[str, ...]:
+    """What differs between the protocols of a sequence's runs, by setting; a suite that one of them lacks does not."""
+    told = []
+    for key in dict.fromkeys(key for card in cards for key in card.protocol):
+        values = {card.run: card.protocol[key] for card in cards if key in card.protocol}
+        if len(set(values.values())) > 1:
+            told.append(f"{key} is " + ", ".join(f"{value!r} in {run}" for run, value in values.items()))
+    return tuple(told)
 
 
 def write_result(path: Path, result: SequenceResult) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 from pydantic import Field, ValidationInfo, create_model, field_validator, model_validator
 
 from training.section import Count, Flag, Fraction, Name, Positive, Section, Source, Text, fault
-from training.spec import Contract, Data, Export, Scaling, Training
+from training.spec import Contract, Data, Evaluation, Export, Scaling, Training
 from training.strategy import ImportanceFolder, Normalise, Objective, Protection, Sft, Tuning, Update, known_model
 from training.suite_spec import Suite
 
@@ -132,6 +132,7 @@ class SequenceSpec(Section):
     suites: SharedSuites = SharedSuites()
     score_ahead: Flag = True
     contract: Contract = Contract()
+    evaluation: Evaluation = Evaluation()
     scaling: Scaling = Scaling()
     training: Training
     export: Export = Export()

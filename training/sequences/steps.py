@@ -72,6 +72,7 @@ def step_spec(sequence: SequenceSpec, index: int, before: Before, *, look_at_fil
         "data": task.data,
         "suites": _suites(sequence, index),
         "contract": task.contract or sequence.contract,
+        "evaluation": sequence.evaluation,
         "scaling": sequence.scaling,
         "training": sequence.training.model_copy(update=changes) if changes else sequence.training,
         "export": sequence.export.model_copy(update=merge),
