@@ -45,7 +45,10 @@ def begun(
     path.write_text(yaml.safe_dump({**sweep, "contract": {"max_loss": 100.0}}), encoding="utf-8")
     spec, notes = read_sweep(path, workspace)
     made = driver.begin(spec, path.read_text(encoding="utf-8"), notes, workspace)
-    with mock.patch("cluster.pipeline.run_tasks", lambda compute, jobs, *_: [compute(job) for job in jobs]):
+    with (
+        mock.patch("cluster.scoring.run_tasks", lambda compute, jobs, *_: [compute(job) for job in jobs]),
+        mock.patch("cluster.scoring.num_places", return_value=1),
+    ):
         share(spec, made, workspace, driver.known_settings(spec), Console(quiet=True))
     return made, workspace
 
