@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,42 +211,6 @@ def kill_once(folder: SweepFolder, killed: list[int]) -> None:
 def is_ours(process: psutil.Process) -> bool:
     """Whether a process belongs to the Ray that this one started."""
     return any(parent.pid == os.getpid() for parent in process.parents())
-
-
-def test_a_sweep_whose_driver_is_killed_leaves_nothing_behind_and_is_resumed(swept: Swept) -> None:
-    import ray
-
-    folder = begin_another(swept, name="torn", rungs=1)
-    idle = ray.available_resources()["CPU"]
-    there = ["--workspace", str(swept[1].root), "sweep", "--resume", folder.id]
-    address = ["--address", ray.get_runtime_context().gcs_address]
-    command = [sys.executable, "-m", "cluster", *there, *address]
-    driver_process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: folder.started("trial-000") is not None, 180)
-    driver_process.kill()
-    driver_process.wait()
-    wait_until(lambda: ray.available_resources().get("CPU", 0.0) == idle and not live_groups(), 60)
-    result = driver.carry_on(driver.resume(folder.id, swept[1]), swept[1], QUIET)
-    assert [(trial.name, trial.state) for trial in result.trials] == [
-        ("trial-000", "finished"),
-        ("trial-001", "finished"),
-    ]
-    assert result.trials[0].attempts == 2
-
-
-def wait_until(holds: Callable[[], bool], seconds: float) -> None:
-    """Wait for a condition, and fail where it never comes."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def live_groups() -> list[str]:
-    """The placement groups that nobody has removed."""
-    from ray.util import placement_group_table
-
-    return [name for name, group in placement_group_table().items() if group["state"] != "REMOVED"]
 
 
 def test_trials_that_wait_for_what_never_comes_end_the_sweep(swept: Swept) -> None:
