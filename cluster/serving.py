@@ -155,8 +155,7 @@ def _runs_of(alias: str, workspace: Workspace) -> tuple[str, ...]:
     history = releases(workspace, alias)
     current = next((release.run for release in history if release.current), None)
     if current is None:
-        instead = "tenure runs lists the runs there are, tenure releases the aliases"
-        raise fail(f"there is neither a run nor a release called '{alias}' in {workspace.root}", "", instead)
+        return (workspace.run(alias).id,)  # which says that there is none, and names the nearest
     return (current,)
 
 

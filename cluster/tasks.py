@@ -28,7 +28,7 @@ def run_tasks(compute: Callable[[Any], Any], jobs: Sequence[Any], scaling: Scali
         num_gpus=scaling.gpus_per_worker,
         max_calls=1,
         max_retries=1,
-        scheduling_strategy="SPREAD",
+        scheduling_strategy="SPREAD",  # also lets a trial of a sweep ask for more than its own process claims
     )(compute)
     try:
         return list(ray.get([task.remote(job) for job in jobs]))

@@ -7,11 +7,13 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from serving.artifacts import artifact_problems
 from serving.audit import note_act
 from serving.catalog import Alias, Catalog, Rollout, Served, Step, Watch
 from serving.exchange import App, Exchange, parse_body, read_body
@@ -88,11 +90,32 @@ async def _add_model(gate: Gate, exchange: Exchange, asked: dict[str, Any]) -> A
     catalog = gate.catalog.read()
     if model.name in catalog.aliases or catalog.models.get(model.name, model).path != model.path:
         raise Refusal(409, f"'{model.name}' names another model of this endpoint", "name_taken", "model")
-    if model.base is not None and model.base not in catalog.models:
-        raise Refusal(400, f"the adapter's base '{model.base}' is not served here", "unknown_base", "model")
+    await asyncio.to_thread(_check_adapter, model, catalog)
     gate.catalog.change(lambda found: found.with_model(model))
     note_act(gate.folder.audit, "model added", exchange.key_id, model=model.name, path=model.path)
     return {"added": model.name}
+
+
+def _check_adapter(model: Served, catalog: Catalog) -> None:
+    """Refuse what no running engine could load.
+
+    Raises:
+        Refusal: it is a whole model, its base is not served, its rank too high, or its files do not fit the base.
+    """
+    if model.base is None:
+        message = "a whole model needs an engine of its own: name it in the serving spec and start the endpoint anew"
+        raise Refusal(400, message, "needs_an_engine", "model")
+    base = catalog.models.get(model.base)
+    if base is None or base.base is not None:
+        raise Refusal(400, f"the adapter's base '{model.base}' is not served here", "unknown_base", "model")
+    problems = artifact_problems(Path(model.path), Path(base.path))
+    if problems:
+        raise Refusal(400, "; ".join(problem.what for problem in problems), "unfit_artifact", "model")
+    rank = int(json.loads((Path(model.path) / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    if base.max_rank is None or rank > max(base.max_rank, 8):  # an engine has room for rank 8 at least
+        bound = "none" if base.max_rank is None else f"adapters up to rank {base.max_rank}"
+        message = f"the adapter has rank {rank}, and the engine of '{base.name}' takes {bound}"
+        raise Refusal(409, f"{message}: start the endpoint anew with it", "rank_too_high", "model")
 
 
 async def _start_rollout(gate: Gate, exchange: Exchange, asked: dict[str, Any]) -> Any:
@@ -161,7 +184,7 @@ def _usage(gate: Gate, exchange: Exchange) -> Any:
     """The use of the request's own key, or of all for administration."""
     whole = exchange.key is not None and "admin" in exchange.key.scopes
     uses = gate.keys.used(None if whole else exchange.key_id)
-    return {"usage": [asdict(use) for use in uses], "price_per_hour": gate.access.price_per_hour}
+    return {"usage": [asdict(use) for use in uses], "cost": asdict(gate.meter.cost(gate.access.price_per_hour))}
 
 
 def _releases(gate: Gate, exchange: Exchange) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 from openai import OpenAI
 
@@ -168,10 +168,21 @@ def _serve(host: str, port: int, tls: Tls | None, on_progress: Callable[[str], N
     files = {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)} if tls else {}
     try:
         with _importing("serving.adapters"):
-            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, **files})
+            _start_proxy({"host": host, "port": port, **files})
         yield
     finally:
         serve.shutdown()
+
+
+def _start_proxy(options: dict[str, Any]) -> None:
+    from ray import serve
+    from ray.exceptions import RayError
+
+    try:
+        serve.start(proxy_location="HeadOnly", http_options=options)
+    except (RayError, TimeoutError) as error:
+        what = f"Ray Serve's proxy did not start: {str(error).splitlines()[0]}"
+        raise fail(what, "", "try again when the machine has less to do, or see logs/serve of Ray's session") from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 from serving import admin, page
 from serving.access import Doorkeeper, Route, check_model, route_of
 from serving.catalog import Catalog, CatalogFile
+from serving.cost import Meter
 from serving.exchange import App, Exchange, Json, Receive, Scope, Send, forward, parse_body, read_body
 from serving.files import ServingFolder
 from serving.keys import KeyStore, Quota
@@ -49,6 +50,7 @@ class Gate:
         )
         self.conductor = Conductor(self.catalog, folder.audit)
         self.moderation = Moderation(access.moderation)
+        self.meter = Meter()
         self._door = Doorkeeper(access, self.keys)
         self._log = RequestLog(folder.requests)
 
@@ -90,9 +92,11 @@ class Gate:
         request = {**request, "model": exchange.target}
         filtering = self.moderation.of_answer(exchange, request, self.app)
         mirrored = self.conductor.mirror(exchange, request, catalog, self.app)
+        self.meter.begin()
         try:
             await admin.within(self.access.limits.request_timeout_s, forward(self.app, exchange, request, filtering))
         finally:
+            self.meter.end(exchange.prompt_tokens + exchange.completion_tokens)
             self.conductor.observe(exchange)
             if mirrored is not None:
                 mirrored()

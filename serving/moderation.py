@@ -290,7 +290,7 @@ def _longest(filters: Sequence[Filter], side: str) -> int | None:
 
 
 def _on(spec: Any, side: str) -> bool:
-    return spec.on in (side, "both")
+    return spec.where in (side, "both")
 
 
 def _is_admin(exchange: Exchange) -> bool:

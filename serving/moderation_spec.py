@@ -29,7 +29,7 @@ class Words(Section):
 
     type: Literal["words"]
     words: Annotated[tuple[Text, ...], Field(min_length=1)]
-    on: Where = "both"
+    where: Where = "both"
     action: Action = "block"
 
 
@@ -38,7 +38,7 @@ class Patterns(Section):
 
     type: Literal["patterns"]
     patterns: Annotated[tuple[Pattern, ...], Field(min_length=1)]
-    on: Where = "both"
+    where: Where = "both"
     action: Action = "block"
     window: Count = 256
 
@@ -48,7 +48,7 @@ class Private(Section):
 
     type: Literal["private"]
     kinds: tuple[Text, ...] | None = None
-    on: Where = "both"
+    where: Where = "both"
     action: Action = "mask"
 
     @model_validator(mode="after")
@@ -67,7 +67,7 @@ class Length(Section):
 
     type: Literal["length"]
     max_characters: Count
-    on: Where = "input"
+    where: Where = "input"
 
 
 class ModelJudge(Section):

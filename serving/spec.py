@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from serving.moderation_spec import Filter
 from training.section import Count, Flag, NonNegative, Positive, Section, Text, fault
@@ -32,11 +32,24 @@ class Limits(Section):
     tokens_per_day: Count | None = None
 
 
+def _existing(value: Any, info: ValidationInfo) -> Path:
+    """A file, looked for beside the spec."""
+    if not isinstance(value, str | Path):
+        raise fault(f"{value!r} is no file", "give the path of a PEM file")
+    path = Path((info.context or {}).get("folder", ".")).absolute() / Path(value).expanduser()
+    if not path.is_file():
+        raise fault(f"there is no file {path}", "give the path of a PEM file, absolute or beside the spec")
+    return path
+
+
+PemFile = Annotated[Path, BeforeValidator(_existing)]
+
+
 class Tls(Section):
     """PEM files of the certificate (with its chain) and its private key."""
 
-    certificate: Path
-    key: Path
+    certificate: PemFile
+    key: PemFile
 
 
 class Autoscaling(Section):

@@ -11,12 +11,10 @@ from sweeps.folder import Record
 from sweeps.measures import Measures
 from sweeps.presets import amounts
 from sweeps.result import Trial
-from sweeps.steering import hopeless, keeps, score_of
+from sweeps.steering import hopeless, keeps, resource, score_of
 from sweeps.trial import MOST_ATTEMPTS, TrialJob, TrialRun, cause_of
-from training.errors import fail
 from training.faults import is_out_of_memory
 from training.quiet import be_quiet
-from training.spec import RunSpec
 
 WORST = -1e9
 
@@ -48,8 +46,9 @@ class TrialActor(Trainable):  # type: ignore[misc]
     def _begin(self, config: dict[str, Any]) -> None:
         job = dict(config["job"])
         self.last = amounts(self.bench.sweep).rungs - 1
-        self.rung = self.last if job.pop("whole", False) else 0
+        whole = job.pop("whole", False)
         self.job = TrialJob(**job)
+        self.rung = self._first = self.last if whole else self.job.generation or 0
         self.trial: TrialRun | None = None
         self.micro: int | None = None
 
@@ -84,13 +83,16 @@ class TrialActor(Trainable):  # type: ignore[misc]
             told = trial.trial("stopped", rung, lost)
             self.bench.folder.write(Record(trial=told, timings=trial.timings))
             trial.track(told)
+        elif self.job.generation is not None and not done:
+            trial.hand_over(rung)
+            done = True
         return self._told(rung, measures, trial, done or bool(lost))
 
     def _told(self, rung: int, measures: Measures, trial: TrialRun, done: bool) -> dict[str, Any]:
         return {
             "trial": self.job.name,
             "rung": rung,
-            "resource": self.bench.sweep.reduction**rung,
+            "resource": resource(self.bench.sweep, rung),
             "gain": measures.gain.value,
             "retention": measures.retention.value,
             "kept": keeps(measures),
@@ -109,7 +111,7 @@ class TrialActor(Trainable):  # type: ignore[misc]
         self._close()
         if size == 1:
             return False
-        self.micro, self.rung = size // 2, self.last if self.rung == self.last else 0
+        self.micro, self.rung = size // 2, self._first
         return True
 
     def _failed(self, error: Exception) -> dict[str, Any]:
@@ -123,14 +125,14 @@ class TrialActor(Trainable):  # type: ignore[misc]
         self._close()
         amount = {"tokens": told.tokens, "gpu_hours": told.gpu_hours}
         worst = {"gain": WORST, "retention": 0.0, "score": WORST, "kept": False}
-        resource = self.bench.sweep.reduction**self.rung
-        return {"trial": self.job.name, "rung": self.rung, "resource": resource, **worst, **amount, "done": True}
+        far = resource(self.bench.sweep, self.rung)
+        return {"trial": self.job.name, "rung": self.rung, "resource": far, **worst, **amount, "done": True}
 
     def _again(self, trial: Trial) -> dict[str, Any]:
         """What was told, or was to be told, of a trial that has its record."""
         last = trial.curve[-1] if trial.curve else None
         gain, retention = (last.gain or 0.0, last.retention or 0.0) if last else (WORST, 0.0)
-        told = {"trial": trial.name, "rung": trial.rung, "resource": self.bench.sweep.reduction**trial.rung}
+        told = {"trial": trial.name, "rung": trial.rung, "resource": resource(self.bench.sweep, trial.rung)}
         score = last.score if last and last.score is not None else WORST
         figures = {"gain": gain, "retention": retention, "score": score, "kept": False}
         return {**told, **figures, "tokens": trial.tokens, "gpu_hours": trial.gpu_hours, "done": True}
@@ -151,14 +153,3 @@ class TrialActor(Trainable):  # type: ignore[misc]
             attempts=attempts,
             rerun_of=self.job.rerun_of,
         )
-
-
-def refuse_larger(spec: RunSpec) -> None:
-    """Refuse trials that do not fit one worker.
-
-    Raises:
-        TenureError: the base asks for several workers.
-    """
-    if spec.scaling.workers > 1:
-        what = f"a trial of {spec.scaling.workers} workers does not fit one process"
-        raise fail(what, "base: scaling.workers", "set scaling.workers: 1; trials run side by side instead")

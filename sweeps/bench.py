@@ -22,7 +22,7 @@ from training.evaluation import scoring
 from training.evaluation.judge import build_scorecard
 from training.evaluation.kl import kl_to_base
 from training.evaluation.scorecard import Probe, Scorecard
-from training.interpolate import check_interpolable, mixed, scaled
+from training.interpolate import mixed, scaled
 from training.models import hash_folder
 from training.spec import RunSpec
 from training.strategy import AnyTuning, Lora, is_adapter
@@ -44,10 +44,12 @@ class Bench:
 
     @classmethod
     def open(cls, workspace: str, folder: str) -> Bench:
-        """The place, with a process group of this process alone."""
-        join_alone()
+        """The place, with a process group of this process alone where it trains."""
         at = SweepFolder(Path(folder))
-        return cls(Workspace.at(workspace), at, at.read_spec(), at.read_shared())
+        sweep = at.read_spec()
+        if sweep.run.scaling.workers == 1:
+            join_alone()
+        return cls(Workspace.at(workspace), at, sweep, at.read_shared())
 
     def load(self, tuning_: AnyTuning, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
         """A base to tune: a copy of the one in memory, read from disk for the first trial alone."""
@@ -121,10 +123,6 @@ class Exported:
     artifact: Path
     adapter: bool
     tuned: dict[str, torch.Tensor] | None = None
-
-    def check(self) -> None:
-        """Refuse what cannot be interpolated; see interpolate.check_interpolable()."""
-        check_interpolable(self.artifact)
 
     @torch.no_grad()
     def at(self, alpha: float) -> Any:

@@ -14,16 +14,18 @@ from rich.console import Console
 from sweeps.finals import finish
 from sweeps.folder import SweepFolder, find_sweep, new_folder
 from sweeps.gather import gather
+from sweeps.population import evolved, first, read_population, trained, write_population
 from sweeps.preparing import plan_strategies, settle, share
 from sweeps.presets import amounts, strategies
-from sweeps.pricing import resources
+from sweeps.pricing import claims, needs
 from sweeps.report import write_sweep_report
 from sweeps.result import SweepResult, Trial, write_result
 from sweeps.space import Setting, draw, settings
 from sweeps.spec import SweepSpec
+from sweeps.steering import resource
 from sweeps.tracking import log_sweep
 from sweeps.trial import TrialJob
-from sweeps.watch import Budgeted, Watch, spent
+from sweeps.watch import Budgeted, Watch, amount_spent, over, spent
 from training.errors import fail
 from training.faults import output_to
 from training.workspace import RunFolder, Workspace, write_json, write_text
@@ -47,9 +49,6 @@ def begin(sweep: SweepSpec, given: str, notes: Sequence[str], workspace: Workspa
     Raises:
         TenureError: a strategy cannot be run, or there is a sweep of that name.
     """
-    from sweeps.actor import refuse_larger
-
-    refuse_larger(sweep.run)
     if (workspace.root / "sweeps" / sweep.title).exists():
         new_folder(workspace, sweep.title)
     tokens = plan_strategies(sweep, workspace)
@@ -99,8 +98,8 @@ def _publish(folder: SweepFolder, workspace: Workspace, result: SweepResult) -> 
 
 
 def known_settings(sweep: SweepSpec) -> list[Setting]:
-    """All settings of a random or grid search; of the others one of every strategy, for what they share."""
-    if sweep.search in ("random", "grid"):
+    """All settings of a random or grid search, the first of a population; else one of every strategy."""
+    if sweep.search in ("random", "grid", "pbt"):
         return settings(sweep)
     return [draw(sweep, number) for number in range(len(strategies(sweep)))]
 
@@ -112,7 +111,9 @@ def name_of_trial(number: int) -> str:
 def search(sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, console: Console) -> tuple[str, ...]:
     """Try settings until they, or the budget, are spent; what was noticed on the way."""
     watch = Watch(sweep, folder, workspace, console)
-    if sweep.search in ("random", "grid"):
+    if sweep.search == "pbt":
+        _evolve(sweep, folder, workspace, watch)
+    elif sweep.search in ("random", "grid"):
         jobs = [
             TrialJob(name_of_trial(number), setting.strategy, setting.values, sweep.run.training.seed)
             for number, setting in enumerate(settings(sweep))
@@ -158,6 +159,30 @@ def try_jobs(
     plain = [{**asdict(job), "whole": whole} for job in left]
     config = _config(folder, workspace) | {"job": tune.grid_search(plain)}
     _tune(sweep, folder, watch, config, scheduler=None if whole else _scheduler(sweep, folder), samples=1, whole=whole)
+
+
+def _evolve(sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, watch: Watch) -> None:
+    """Train a population generation by generation, until the last or until the budget is spent."""
+    population = read_population(folder) or first(sweep)
+    while True:
+        write_population(folder, population)
+        generation, members = population.generation, population.members
+        known = trained(folder, members, generation)
+        jobs = [
+            TrialJob(m.name, m.strategy, m.values, sweep.run.training.seed, generation=generation, parent=m.parent)
+            for m in members
+            if m.name not in known
+        ]
+        try_jobs(jobs, sweep, folder, workspace, watch)
+        scores = trained(folder, members, generation)
+        if generation == amounts(sweep).rungs - 1 or not scores:
+            return
+        bound = over(sweep, amount_spent(folder, scores))
+        if bound:
+            for name in scores:
+                watch.close(name, "stopped", bound)
+            return
+        population = evolved(sweep, population, scores)
 
 
 def _ask_optuna(sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, watch: Watch) -> None:
@@ -218,7 +243,7 @@ def _scheduler(sweep: SweepSpec, folder: SweepFolder) -> Any:
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
     rungs = amounts(sweep).rungs
-    if rungs == 1:
+    if rungs == 1 or sweep.search == "pbt":
         return FIFOScheduler()
     most = sweep.reduction ** (rungs - 1)
     halving = ASHAScheduler(
@@ -242,7 +267,7 @@ def _remember(halving: Any, sweep: SweepSpec, ended: Trial) -> None:
         halving.on_trial_add(None, named)
         for seen in ended.curve:
             if seen.score is not None:
-                halving.on_trial_result(None, named, {"resource": sweep.reduction**seen.rung, "score": seen.score})
+                halving.on_trial_result(None, named, {"resource": resource(sweep, seen.rung), "score": seen.score})
         halving.on_trial_remove(None, named)
 
 
@@ -264,7 +289,7 @@ def _tune(
     from sweeps.actor import TrialActor
 
     tuner = tune.Tuner(
-        tune.with_resources(TrialActor, resources(sweep)),
+        tune.with_resources(TrialActor, claims(sweep)),
         param_space=config,
         tune_config=TuneConfig(
             num_samples=samples,
@@ -292,5 +317,5 @@ def _at_once(sweep: SweepSpec) -> int:
     """Trials side by side: as many as the cluster's GPUs (or processors) hold."""
     import ray
 
-    have, wants = ray.cluster_resources(), resources(sweep)
+    have, wants = ray.cluster_resources(), needs(sweep)
     return max(1, int(min(have.get(name, 0.0) / amount for name, amount in wants.items())))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
 import yaml
 from rich.console import Console
@@ -17,10 +16,9 @@ from sweeps.pareto import choose, nominate
 from sweeps.presets import amounts
 from sweeps.result import Finalist, Point, Split, SweepResult, Winner, write_result
 from sweeps.spec import SweepSpec
-from sweeps.trial import TrialJob, card_file
+from sweeps.trial import TrialJob, artifact_at, card_file
 from sweeps.watch import Watch
 from training.evaluation.scorecard import Scorecard, read_scorecard
-from training.interpolate import interpolate
 from training.spec import RunSpec
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
@@ -61,9 +59,10 @@ def _named(point: Point) -> str:
 
 
 def _trials_of(sweep: SweepSpec, point: Point) -> dict[int, str]:
-    """The trials of a finalist by seed: the nominee itself stands for its own."""
+    """The trials of a finalist by seed: the nominee stands for its own, unless its setting changed on its way."""
+    stands = sweep.search != "pbt"
     return {
-        seed: point.trial if seed == point.seed else f"{point.trial}-seed-{seed}"
+        seed: point.trial if stands and seed == point.seed else f"{point.trial}-seed-{seed}"
         for seed in sorted({point.seed, *amounts(sweep).seeds})
     }
 
@@ -136,7 +135,7 @@ def _winner(
     done = dict(zip(best.seeds, best.trials, strict=True))
     cards = [_test_card(sweep, folder, workspace, name, best.alpha) for name in done.values()]
     test = _finalist(sweep, best.trial, best.strategy, best.alpha, done, cards, "test")
-    run = folder.run_of(workspace, best.trial)
+    run = folder.run_of(workspace, best.trial if best.trial in best.trials else best.trials[0])
     return Winner(
         trial=best.trial,
         strategy=best.strategy,
@@ -145,7 +144,7 @@ def _winner(
         reason=choice.reason,
         spec_yaml=winning_spec(sweep, run, best.alpha),
         test=test,
-        artifact=str(_artifact(run, best.alpha)),
+        artifact=str(artifact_at(run, best.alpha)),
         run=run.id,
     )
 
@@ -156,18 +155,9 @@ def _test_card(
     """The scorecard of a trial's artifact on the test suites, scored in a process of its own as any run's."""
     run = folder.run_of(workspace, name)
     spec = pipeline.spec_of(run).model_copy(update={"suites": folder.read_shared().test})
-    cards = pipeline.score_artifacts(run, spec, workspace, {"test": _artifact(run, alpha)})
+    cards = pipeline.score_artifacts(run, spec, workspace, {"test": artifact_at(run, alpha)})
     write_json(run.path / "test-scorecard.json", cards["test"].model_dump(mode="json"))
     return cards["test"]
-
-
-def _artifact(run: RunFolder, alpha: float | None) -> Path:
-    """The artifact of a trial; one between it and the base is written where it is asked for."""
-    if alpha is None:
-        return run.artifact
-    target = run.wise / f"alpha-{alpha!r}"
-    spec = pipeline.spec_of(run)
-    return target if target.is_dir() else interpolate(Path(spec.model), run.artifact, alpha, target)
 
 
 def winning_spec(sweep: SweepSpec, run: RunFolder, alpha: float | None) -> str:

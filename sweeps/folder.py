@@ -90,6 +90,11 @@ class SweepFolder:
         """Optuna's journal."""
         return self.path / "study.log"
 
+    @property
+    def population(self) -> Path:
+        """The members of the generation under way, of population-based training."""
+        return self.path / "population.json"
+
     def read_spec(self) -> SweepSpec:
         return SweepSpec.model_validate(read_json(self.spec))
 
@@ -101,9 +106,9 @@ class SweepFolder:
         return RunFolder(workspace.runs / f"{self.id}-{trial}")
 
     def start(self, trial: str, note: dict[str, Any]) -> int:
-        """Note that a trial is being worked on; which attempt this is."""
-        before = self.started(trial)
-        attempts = 1 + (before["attempts"] if before else 0)
+        """Note that a trial is being worked on; which attempt at the same this is."""
+        before = self.started(trial) or {}
+        attempts = 1 + (before["attempts"] if {**note, "attempts": before.get("attempts")} == before else 0)
         write_json(self.trials / f"{trial}.started.json", {**note, "attempts": attempts})
         return attempts
 
@@ -111,6 +116,26 @@ class SweepFolder:
         """What start() noted last; None when the trial was never begun."""
         file = self.trials / f"{trial}.started.json"
         return dict(read_json(file)) if file.is_file() else None
+
+    def note(self, trial: Trial, timings: dict[str, float]) -> None:
+        """Keep what a trial came to at a rung."""
+        write_json(self._noted(trial.name), trial.model_dump(mode="json") | {"timings": timings})
+
+    def noted(self, trial: str) -> tuple[Trial, dict[str, float]] | None:
+        """What note() kept last; None where the trial has come to no rung's end."""
+        if not self._noted(trial).is_file():
+            return None
+        told = read_json(self._noted(trial))
+        return Trial.model_validate({key: value for key, value in told.items() if key != "timings"}), told["timings"]
+
+    def noted_curve(self, trial: str) -> dict[int, float | None]:
+        """The scores of a trial at the rungs that it has come to, its record among them."""
+        record, noted = self.read(trial), self.noted(trial)
+        known = record.trial if record else noted[0] if noted else None
+        return {seen.rung: seen.score for seen in known.curve} if known else {}
+
+    def _noted(self, trial: str) -> Path:
+        return self.trials / f"{trial}.rungs.json"
 
     def write(self, record: Record) -> None:
         """Put a trial's record where it survives whatever comes."""

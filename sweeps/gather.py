@@ -53,6 +53,8 @@ def plain_full(sweep: SweepSpec) -> str | None:
 def describe(sweep: SweepSpec) -> str:
     """How it searched, in words."""
     given = amounts(sweep)
+    if sweep.search == "pbt":
+        return f"population-based training, {given.trials} trials over {given.rungs} generations"
     halving = f"ASHA over {given.rungs} rungs by {sweep.reduction}" if given.rungs > 1 else "no early stopping"
     preset = f", preset {sweep.preset}" if sweep.preset else ""
     return f"{sweep.search}, {halving}{preset}"

@@ -24,6 +24,8 @@ AMOUNTS: dict[Preset, Amounts] = {
     "thorough": Amounts(trials=96, rungs=3, finalists=5, seeds=(0, 1, 2)),
 }
 
+GENERATIONS = 4  # of population-based training
+
 _PULL = {"protections.0.strength": Range(low=0.003, high=1.0, log=True)}
 _KL = {"protections.0.strength": Range(low=0.1, high=3.0, log=True)}
 # Those that need no data beyond the base run's own.
@@ -43,10 +45,16 @@ def amounts(spec: SweepSpec) -> Amounts:
     given = AMOUNTS[spec.preset or "standard"]
     return Amounts(
         trials=spec.budget.trials or given.trials,
-        rungs=spec.rungs or (1 if spec.scheduler == "none" else given.rungs),
+        rungs=spec.rungs or _rungs(spec, given.rungs),
         finalists=given.finalists if spec.finalists is None else spec.finalists,
         seeds=spec.seeds or given.seeds,
     )
+
+
+def _rungs(spec: SweepSpec, given: int) -> int:
+    if spec.search == "pbt":
+        return GENERATIONS
+    return 1 if spec.scheduler == "none" or spec.run.scaling.workers > 1 else given
 
 
 def learning_rates(tuning: AnyTuning) -> Range:

@@ -18,7 +18,7 @@ def search_of(sweep: SweepSpec, tokens: int) -> Search:
     trials = len(settings(sweep)) if sweep.search == "grid" else given.trials
     return Search(
         trials=trials,
-        rungs=given.rungs,
+        rungs=1 if sweep.search == "pbt" else given.rungs,
         reduction=sweep.reduction,
         tokens_per_trial=tokens,
         finalists=min(given.finalists, trials),
@@ -43,8 +43,8 @@ def price_of(sweep: SweepSpec, tokens: int, workspace: Workspace, have: dict[str
         found = timings.get(shape)
         memory = plan.memory_per_worker_bytes
         priced.append(StrategyPrice(strategy.name, plan.trainable_parameters, memory, plan.steps, found))
-    fits = at_once(have or _of_this_machine(), resources(sweep))
-    gpus = resources(sweep).get("GPU", 0.0)
+    fits = at_once(have or _of_this_machine(), needs(sweep))
+    gpus = needs(sweep).get("GPU", 0.0)
     points = grid_size(sweep) if sweep.search == "grid" else None
     side_by_side = min(fits, sweep.trials_at_once or fits)
     return Price(search_of(sweep, tokens), tuple(priced), side_by_side, gpus, points)
@@ -56,8 +56,13 @@ def _of_this_machine() -> dict[str, float]:
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
 
 
-def resources(sweep: SweepSpec) -> dict[str, float]:
-    """What one trial claims of the cluster."""
+def needs(sweep: SweepSpec) -> dict[str, float]:
+    """What one trial takes of the cluster, all its workers together."""
     scaling = sweep.run.scaling
-    gpus = scaling.gpus_per_worker / sweep.trials_per_gpu
-    return {"CPU": float(scaling.cpus_per_worker), **({"GPU": gpus} if gpus else {})}
+    gpus = scaling.workers * scaling.gpus_per_worker / sweep.trials_per_gpu
+    return {"CPU": float(scaling.workers * scaling.cpus_per_worker), **({"GPU": gpus} if gpus else {})}
+
+
+def claims(sweep: SweepSpec) -> dict[str, float]:
+    """What one trial's own process claims: all that the trial needs, or next to nothing where Ray Train has workers."""
+    return needs(sweep) if sweep.run.scaling.workers == 1 else {"CPU": 0.01}  # Ray refuses to claim nothing at all

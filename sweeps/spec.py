@@ -89,7 +89,7 @@ class Split(Section):
 
 
 Preset = Literal["quick", "standard", "thorough"]
-Search = Literal["random", "grid", "tpe", "multi-objective"]
+Search = Literal["random", "grid", "tpe", "multi-objective", "pbt"]
 
 
 class SweepSpec(Section):

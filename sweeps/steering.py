@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from sweeps.measures import Measures
+from sweeps.presets import amounts
 from sweeps.spec import SweepSpec
 from training.evaluation.judge import threshold_of
 from training.spec import RunSpec
+
+
+def resource(sweep: SweepSpec, rung: int) -> int:
+    """How far a rung goes, the first being 1: rungs grow by the reduction factor, generations are all alike."""
+    return rung + 1 if sweep.search == "pbt" else sweep.reduction**rung
+
+
+def steps_of(sweep: SweepSpec, rung: int, steps: int) -> int:
+    """The step of a whole run's that a rung ends at."""
+    return max(1, -(-steps * resource(sweep, rung) // resource(sweep, amounts(sweep).rungs - 1)))
 
 
 def keeps(measures: Measures) -> bool:

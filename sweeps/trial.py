@@ -17,19 +17,20 @@ from rich.console import Console
 
 from cluster.aids import ready_data
 from cluster.passes import importance_of_run
-from cluster.pipeline import begin_run, hash_training, plan_run
+from cluster.pipeline import begin_run, hash_training, plan_run, score_artifacts, spec_of
 from sweeps.bench import Bench, hash_at
 from sweeps.folder import Record
 from sweeps.measures import Measures, measure
-from sweeps.presets import amounts
 from sweeps.result import Point, RungMeasure, Trial
 from sweeps.space import Setting, run_spec
-from sweeps.steering import score_of
+from sweeps.steering import score_of, steps_of
 from training.data.prepare import Prepared, load_prepared
 from training.errors import TenureError, fail
 from training.evaluation import scoring
 from training.evaluation.scorecard import Scorecard
 from training.faults import explained_at, is_out_of_memory, output_to
+from training.fit import fit
+from training.interpolate import check_interpolable, interpolate
 from training.objective.signals import compute_signals, signal_jobs
 from training.plan import Plan
 from training.spec import RunSpec
@@ -42,13 +43,18 @@ MOST_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class TrialJob:
-    """A trial as plain values; `rerun_of` as in sweeps.result.Trial."""
+    """A trial as plain values; `rerun_of` as in sweeps.result.Trial.
+
+    Of population-based training: the generation to train, and the trial whose weights it starts from.
+    """
 
     name: str
     strategy: str
     values: dict[str, Any]
     seed: int
     rerun_of: str | None = None
+    generation: int | None = None
+    parent: str | None = None
 
 
 @dataclass
@@ -62,6 +68,7 @@ class TrialRun:
     run: RunFolder
     attempts: int
     started: float
+    worker_job: dict[str, Any] = field(default_factory=dict)
     trainer: Trainer | None = None
     tokens: int = 0
     curve: list[RungMeasure] = field(default_factory=list)
@@ -77,39 +84,78 @@ class TrialRun:
         started = time.monotonic()
         attempts = bench.folder.start(job.name, asdict(job))
         run = bench.folder.run_of(bench.workspace, job.name)
-        forget(bench, run)
-        run.path.mkdir(parents=True)
+        if not job.parent:
+            forget(bench, run)
+            run.path.mkdir(parents=True)
         with output_to(run.logs / "trial.log"):
             spec, plan, prepared = settled(bench, job, micro)
             given = spec.model_dump(mode="json", exclude_none=True)
             write_text(run.spec_yaml, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
-            about = {"sweep": {"id": bench.folder.id, "trial": job.name, "strategy": job.strategy}}
-            begin_run(run, spec, plan, bench.workspace, about, bench.shared.mlflow_run)
+            if job.parent:
+                take_over(bench, job, spec, plan)
+            else:
+                about = {"sweep": {"id": bench.folder.id, "trial": job.name, "strategy": job.strategy}}
+                begin_run(run, spec, plan, bench.workspace, about, bench.shared.mlflow_run)
         made = cls(bench, job, spec, plan, run, attempts, started)
-        made.timings["plan"] = time.monotonic() - started
+        if job.parent:
+            made._remember()
+        made.timings["plan"] = made.timings.get("plan", 0.0) + time.monotonic() - started
         with made._timed("setup"), made._told():
-            made.trainer = Trainer.start(made._worker_job(prepared), run, bench.load)
+            aids = ready_here(spec, prepared, bench, run.logs)
+            decides = hash_training(spec) if job.generation is None else f"{bench.folder.id}/{job.strategy}"
+            made.worker_job = make_job(spec, plan, prepared, run, decides, aids)
+            if not made.is_nested:
+                made.trainer = Trainer.start(Job(**made.worker_job), run, bench.load)
         return made
 
-    def _worker_job(self, prepared: Path) -> Job:
-        aids = ready_here(self.spec, prepared, self.bench, self.run.logs)
-        return Job(**make_job(self.spec, self.plan, prepared, self.run, hash_training(self.spec), aids))
+    def _remember(self) -> None:
+        """What it cost and came to in the generations before."""
+        noted = self.bench.folder.noted(self.job.name)
+        assert noted is not None
+        before, timings = noted
+        self.tokens, self.curve, self.timings = before.tokens, list(before.curve), dict(timings)
+        self.started -= before.seconds
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether Ray Train runs it on several workers, instead of this process."""
+        return self.spec.scaling.workers > 1
 
     def advance(self, rung: int) -> Measures:
         """Train to the end of a rung, and score the live weights on validation; the last rung leaves the artifact."""
+        if self.is_nested:
+            return self._advance_nested(rung)
         assert self.trainer is not None
-        last = steps_of(rung, self.bench, self.plan.steps)
+        last = steps_of(self.bench.sweep, rung, self.plan.steps)
         with self._timed("steps"), self._told():
             while self.trainer.step < last:
                 self.tokens += int(self.trainer.data.lengths[self.trainer.schedule.batch(self.trainer.step)].sum())
                 self.trainer.train_step()
         if last == self.plan.steps:
+            with self._timed("export"), self._told():
+                self.trainer.finish()
+            self.close()
             return self._finished(rung)
         with self._timed("scoring"), self._told():
             card = self._live_card()
             measures = measure(card)
         self._note(rung, measures, card)
         return measures
+
+    def _advance_nested(self, rung: int) -> Measures:
+        """As advance(), for the one rung that a trial of several workers has."""
+        with self._timed("steps"), self._told():
+            fit(self.worker_job, self.spec.scaling, self.run)
+        self.tokens = tokens_of(self.spec, self.plan, load_prepared(Path(self.worker_job["prepared"])))
+        return self._finished(rung)
+
+    def hand_over(self, rung: int) -> None:
+        """Leave weights and optimizer for the next generation, and forget those of the one before the last."""
+        assert self.trainer is not None
+        with self._timed("export"), self._told():
+            self.trainer.save_to(generation_of(self.run, rung))
+            shutil.rmtree(generation_of(self.run, rung - 2), ignore_errors=True)
+        self.close()
 
     def _live_card(self) -> Scorecard:
         """Of the weights that are being trained, in the precision that they are trained in."""
@@ -122,13 +168,9 @@ class TrialRun:
         return card
 
     def _finished(self, rung: int) -> Measures:
-        """Export, score the artifact and its curve, and write the record."""
-        assert self.trainer is not None
-        with self._timed("export"), self._told():
-            self.trainer.finish()
-        self.close()
+        """Score the artifact and its curve, and write the record."""
         with self._timed("scoring"), self._told():
-            cards = self._score_artifact()
+            cards = self._score_apart() if self.is_nested else self._score_artifact()
         measures = measure(cards[None])
         self._note(rung, measures, cards[None])
         points = tuple(self._point(alpha, rung, card) for alpha, card in cards.items())
@@ -145,18 +187,28 @@ class TrialRun:
         whole = bench.card(spec, self.run.id, exported.model, hash_at(self.run.artifact, None))
         write_json(self.run.scorecard, whole.model_dump(mode="json"))
         cards: dict[float | None, Scorecard] = {None: whole}
-        for alpha in self._alphas(exported):
+        for alpha in self._alphas():
             card = bench.card(spec, self.run.id, exported.at(alpha), hash_at(self.run.artifact, alpha))
             write_json(card_file(self.run, alpha), card.model_dump(mode="json"))
             cards[alpha] = card
         return cards
 
-    def _alphas(self, exported: Any) -> tuple[float, ...]:
+    def _score_apart(self) -> dict[float | None, Scorecard]:
+        """As _score_artifact(), each model in a process of its own, for which it is written."""
+        models = {alpha: artifact_at(self.run, alpha) for alpha in (None, *self._alphas())}
+        named = {f"alpha-{alpha!r}": model for alpha, model in models.items()}
+        scored = score_artifacts(self.run, self.spec, self.bench.workspace, named)
+        cards = {alpha: scored[f"alpha-{alpha!r}"] for alpha in models}
+        for alpha, card in cards.items():
+            write_json(card_file(self.run, alpha), card.model_dump(mode="json"))
+        return cards
+
+    def _alphas(self) -> tuple[float, ...]:
         """Where the curve is scored: nowhere for a model that is interpolated already, or that cannot be."""
         if self.spec.protection(Wise):
             return ()
         try:
-            exported.check()
+            check_interpolable(self.run.artifact)
         except TenureError as error:
             print(f"no curve towards the base: {error}", flush=True)
             return ()
@@ -201,13 +253,13 @@ class TrialRun:
                 score=score_of(measures, self.bench.sweep),
             )
         )
-        note = self.trial("stopped", rung, "it was stopped").model_dump(mode="json")
-        write_json(self.bench.folder.trials / f"{self.job.name}.rungs.json", note | {"timings": self.timings})
+        self.bench.folder.note(self.trial("stopped", rung, "it was stopped"), self.timings)
 
     @property
     def gpu_hours(self) -> float:
         """GPU hours so far; a GPU that trials share is shared in this too."""
-        share = self.spec.scaling.gpus_per_worker / self.bench.sweep.trials_per_gpu
+        scaling = self.spec.scaling
+        share = scaling.workers * scaling.gpus_per_worker / self.bench.sweep.trials_per_gpu
         return share * (time.monotonic() - self.started) / 3600
 
     def trial(self, state: Any, rung: int, cause: str | None = None) -> Trial:
@@ -270,6 +322,30 @@ def card_file(run: RunFolder, alpha: float | None) -> Path:
     return run.scorecard if alpha is None else run.wise / f"scorecard-{alpha!r}.json"
 
 
+def artifact_at(run: RunFolder, alpha: float | None) -> Path:
+    """The artifact of a trial; one between it and the base is written where it is asked for."""
+    if alpha is None:
+        return run.artifact
+    target = run.wise / f"alpha-{alpha!r}"
+    return target if target.is_dir() else interpolate(Path(spec_of(run).model), run.artifact, alpha, target)
+
+
+def generation_of(run: RunFolder, generation: int) -> Path:
+    """Where a trial leaves its weights and optimizer at the end of a generation."""
+    return run.path / "generations" / str(generation)
+
+
+def take_over(bench: Bench, job: TrialJob, spec: RunSpec, plan: Plan) -> None:
+    """Give a trial another setting, and the checkpoint of the trial that it goes on from as its own."""
+    assert job.generation is not None
+    assert job.parent is not None
+    run, parent = (bench.folder.run_of(bench.workspace, name) for name in (job.name, job.parent))
+    write_json(run.spec, spec.model_dump(mode="json"))
+    write_json(run.plan, asdict(plan))
+    run.checkpoints.unlink(missing_ok=True)
+    run.checkpoints.symlink_to(generation_of(parent, job.generation - 1).absolute())
+
+
 def forget(bench: Bench, run: RunFolder) -> None:
     """Throw away what an interrupted attempt left, and close it in the tracking store."""
     if run.path.is_dir():
@@ -278,13 +354,6 @@ def forget(bench: Bench, run: RunFolder) -> None:
 
             fail_tracking(bench.workspace, tracking_id_of(run), "interrupted, and begun again")
         shutil.rmtree(run.path)
-
-
-def steps_of(rung: int, bench: Bench, steps: int) -> int:
-    """The step that a rung ends at: rungs grow by the reduction factor, and the last one is the whole run."""
-    rungs = amounts(bench.sweep).rungs
-    share: int = bench.sweep.reduction ** (rungs - 1 - rung)
-    return max(1, -(-steps // share))
 
 
 # --------------------------------------------------------------------------------------------- equal tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from ray.tune import Callback, Stopper
@@ -17,9 +18,15 @@ from training.tracking import tracking_id_of
 from training.workspace import Workspace, read_json
 
 
-def amount_spent(folder: SweepFolder) -> Amount:
-    """What the trials that have ended took; those of the search alone are counted, finalists come on top."""
+def amount_spent(folder: SweepFolder, under_way: Iterable[str] = ()) -> Amount:
+    """What the trials that have ended took; those of the search alone are counted, finalists come on top.
+
+    Args:
+        under_way: names of trials that have not ended, to be added up to their last rung.
+    """
     trials = [record.trial for record in folder.records()]
+    known = {trial.name for trial in trials}
+    trials += [noted[0] for name in under_way if name not in known and (noted := folder.noted(name))]
     return Amount(
         trials=sum(trial.rerun_of is None for trial in trials),
         gpu_hours=sum(trial.gpu_hours for trial in trials),
@@ -118,9 +125,9 @@ class Watch(Callback):  # type: ignore[misc]
     def _never_came(self, seconds: float) -> TenureError:
         import ray
 
-        from sweeps.pricing import resources
+        from sweeps.pricing import claims
 
-        free, wants = ray.available_resources(), resources(self._sweep)
+        free, wants = ray.available_resources(), claims(self._sweep)
         short = {name: free.get(name, 0.0) for name, amount in wants.items() if free.get(name, 0.0) < amount}
         told = ", ".join(f"{wants[name]:g} {name} ({value:g} free)" for name, value in short.items()) or "a free node"
         what = f"no trial could start for {seconds:.0f} s: each waits for {told}"
@@ -149,23 +156,26 @@ class Watch(Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         name = str(trial.config["job"]["name"])
-        if self._folder.read(name) is None:
+        if self._folder.read(name) is None and not self._goes_on(trial):
             bound = spent(self._sweep, self._folder)
-            self._close(name, "stopped", bound or "halved: others of its rung were better")
+            self.close(name, "stopped", bound or "halved: others of its rung were better")
+
+    def _goes_on(self, trial: Any) -> bool:
+        """Whether it has come to the end of its generation, and waits for the next."""
+        job = trial.config["job"]
+        return job["generation"] is not None and job["generation"] in self._folder.noted_curve(job["name"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         name = str(trial.config["job"]["name"])
         if self._folder.read(name) is None:
-            self._close(name, "failed", "killed: its process died each time that it was begun")
+            self.close(name, "failed", "killed: its process died each time that it was begun")
             self._console.print(f"{name}  {self._strategy(trial):<16} failed    its process died")
 
-    def _close(self, name: str, state: Any, cause: str) -> None:
+    def close(self, name: str, state: Any, cause: str) -> None:
         """Write the record of a trial that did not write its own, from what it noted at its last rung."""
-        noted = self._folder.trials / f"{name}.rungs.json"
-        if noted.is_file():
-            told = read_json(noted)
-            timings = told.pop("timings")
-            trial = Trial.model_validate({**told, "state": state, "cause": cause})
+        noted = self._folder.noted(name)
+        if noted:
+            trial, timings = noted[0].model_copy(update={"state": state, "cause": cause}), noted[1]
         else:
             started = self._folder.started(name)
             if started is None:

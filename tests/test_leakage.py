@@ -203,3 +203,16 @@ def test_an_answer_is_computed_once_for_the_same_data(tiny_model: Path, tmp_path
     assert find_leaks(spec, workspace) == []
     write_rows(tmp_path / "train.jsonl", sums(3))
     assert len(find_leaks(spec, workspace)[0].leaked) == 3
+
+
+def test_the_files_behind_a_glob_are_compared(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_tiny_spec(tmp_path, tiny_model)
+    raw = yaml.safe_load(path.read_text())
+    raw["data"]["train"][0]["path"] = "part-*.jsonl"
+    for part in range(2):
+        write_rows(tmp_path / f"part-{part}.jsonl", sums(8)[4 * part : 4 * part + 4])
+    path.write_text(yaml.safe_dump(raw))
+    workspace = Workspace.at(tmp_path / "workspace")
+    assert len(find_leaks(load_spec(path), workspace)[0].leaked) == 8
+    write_rows(tmp_path / "part-1.jsonl", [{"question": "what is nothing", "answer": "none"}])
+    assert len(find_leaks(load_spec(path), workspace)[0].leaked) == 4

@@ -81,7 +81,7 @@ def moderated(folder: Path, *specs: dict[str, Any]) -> tuple[Endpoint, str]:
 
 
 def test_a_request_is_stopped_masked_and_counted(tmp_path: Path) -> None:
-    endpoint, key = moderated(tmp_path, WORDS, PRIVATE | {"on": "input"}, {"type": "length", "max_characters": 60})
+    endpoint, key = moderated(tmp_path, WORDS, PRIVATE | {"where": "input"}, {"type": "length", "max_characters": 60})
     stopped = ask(endpoint, chat("this is FORBIDDEN"), key)
     assert (stopped.status_code, stopped.json()["error"]["code"]) == (400, "content_filter")
     assert ask(endpoint, chat("x" * 61), key).json()["error"]["code"] == "content_filter"
@@ -95,7 +95,7 @@ def test_a_request_is_stopped_masked_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_an_answer_is_cut_off_with_the_standard_reason(tmp_path: Path, stream: bool, path: str) -> None:
-    endpoint, key = moderated(tmp_path, WORDS | {"on": "output"})
+    endpoint, key = moderated(tmp_path, WORDS | {"where": "output"})
     said = "well this is forbidden fruit and more of it"
     request = chat(said, stream=stream) if "chat" in path else {"model": "base", "prompt": said, "stream": stream}
     reply = ask(endpoint, request, key, path)
@@ -108,7 +108,7 @@ def test_an_answer_is_cut_off_with_the_standard_reason(tmp_path: Path, stream: b
 
 
 def test_a_stream_without_anything_to_filter_comes_whole(tmp_path: Path) -> None:
-    endpoint, key = moderated(tmp_path, WORDS, PRIVATE | {"on": "output"})
+    endpoint, key = moderated(tmp_path, WORDS, PRIVATE | {"where": "output"})
     said = "a long answer that says nothing of the kind " * 10 + f"but {CARD}"
     reply = ask(endpoint, chat(said, stream=True, stream_options={"include_usage": True}), key)
     events = events_of(reply.text)

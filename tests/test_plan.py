@@ -130,7 +130,16 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would_help(tmp_path: Path)
     assert problem.instead.startswith("try training.micro_batch_size below 4, tuning.type: lora, ")
     with pytest.raises(TenureError) as caught:
         plan_of(tmp_path, limit=3 * GIB, training={"micro_batch_size": 1}, scaling={"workers": 2, "zero_stage": 0})
-    assert caught.value.problems[0].instead.startswith("try scaling.zero_stage above 0, a smaller training.max_length")
+    wanted = "try scaling.zero_stage above 0, training.gradient_checkpointing: true, a smaller training.max_length"
+    assert caught.value.problems[0].instead.startswith(wanted)
+
+
+def test_layers_that_are_run_again_keep_their_inputs_alone(tmp_path: Path) -> None:
+    training = {"micro_batch_size": 8, "precision": "fp32"}
+    kept = plan_of(tmp_path, training=training).memory_per_worker_bytes
+    again = plan_of(tmp_path, training={**training, "gradient_checkpointing": True}).memory_per_worker_bytes
+    activations = 34 * 2 * 8 * 60 * LARGE.hidden_size  # of one layer, in 32 bits
+    assert kept - again == pytest.approx(activations * (LARGE.num_layers * 32 / 34 - 1), rel=1e-6)
 
 
 def test_examples_longer_than_the_models_positions_are_refused(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_faulty_rows_are_dropped_and_counted_where_that_is_asked_for(tmp_path: P
     [
         ({"q": "1"}, "there is no column 'a'"),
         ({"q": "1", "a": 2}, "'a' is int, not text"),
-        ({"q": None, "a": "2"}, "'q' is NoneType, not text"),
+        ({"q": None, "a": "2"}, "'q' is null, not text"),
         ({"q": ["1"], "a": "2"}, "'q' is list, not text"),
         ({"q": "1", "a": ""}, "'a' is empty: there is no target token to learn or score"),
         ({"q": "1", "a": " \n"}, "'a' is empty: there is no target token to learn or score"),

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openai_suite import CASES
+from openai_suite import Case as SuiteCase
 from peft import PeftModel
 from probing import PROMPTS, free_port, teacher_forced
 from tiny import make_tiny_adapter, make_tiny_model
@@ -18,10 +28,12 @@ from transformers import AutoModelForCausalLM
 from serving.app import ServedModels, build_application
 from serving.client import ask, connect
 from serving.endpoint import TOLERANCES, Endpoint, Probes, check_port, deploy
+from serving.files import ServingFolder
 from serving.parity import check_parity
 from serving.spec import Access
 from training.errors import TenureError
 from training.evaluation.scorecard import Probe
+from training.workspace import read_json
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,15 @@ class Case:
     tuned: tuple[Probe, ...]
     other: tuple[Probe, ...]
     progress: tuple[str, ...]
+    folder: ServingFolder
+    other_adapter: Path
+
+    def admin(self) -> httpx.Client:
+        """A client with the endpoint's own key of administration."""
+        told = read_json(self.folder.endpoint)
+        headers = {"authorization": f"Bearer {told['key']}"}
+        root = self.endpoint.base_url.removesuffix("/v1")
+        return httpx.Client(base_url=root, headers=headers, timeout=60, trust_env=False)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +69,9 @@ def case(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     served = ServedModels("tiny", base, "tiny-tuned-1", adapters[0], adapter_rank=8)
     told: list[str] = []
     probes: Probes = {"base": bare, "tuned": tuned}
-    with deploy(served, probes, port=free_port(), on_progress=told.append) as endpoint:
-        yield Case(endpoint, served, bare, tuned, other, tuple(told))
+    home = folder / "serving"
+    with deploy(served, probes, port=free_port(), folder=home, on_progress=told.append) as endpoint:
+        yield Case(endpoint, served, bare, tuned, other, tuple(told), ServingFolder(home), adapters[1])
     with pytest.raises(TenureError, match="cannot be reached"):
         ask("Still there?", endpoint.base_url, None, 1)
 
@@ -65,40 +87,15 @@ def test_both_models_are_listed_under_plain_names(client: openai.OpenAI) -> None
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-tuned-1"])
-def test_chat_and_streamed_chat_give_the_same_answer(client: openai.OpenAI, name: str) -> None:
-    request: dict[str, Any] = {
-        "model": name,
-        "messages": [{"role": "user", "content": "Hi"}],
-        "max_tokens": 12,
-        "temperature": 0,
-    }
-    whole = client.chat.completions.create(**request)
-    pieces = list(client.chat.completions.create(**request, stream=True))
-    streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
-    assert whole.model == name
-    assert whole.choices[0].message.content
-    assert streamed == whole.choices[0].message.content
-    assert len(pieces) > 2
-
-
-@pytest.mark.parametrize("name", ["tiny", "tiny-tuned-1"])
-def test_completions_and_streamed_completions_give_the_same_answer(client: openai.OpenAI, name: str) -> None:
-    request: dict[str, Any] = {"model": name, "prompt": "Once upon", "max_tokens": 12, "temperature": 0}
-    whole = client.completions.create(**request).choices[0].text
-    streamed = "".join(piece.choices[0].text for piece in client.completions.create(**request, stream=True))
-    assert whole
-    assert streamed == whole
+@pytest.mark.parametrize("suite_case", CASES, ids=lambda found: found.__name__)
+def test_the_official_client_gets_what_it_expects(client: openai.OpenAI, suite_case: SuiteCase, name: str) -> None:
+    suite_case(client, name)
 
 
 def test_the_two_models_answer_differently(case: Case) -> None:
     answers = ask("What is it?", case.endpoint.base_url, None, max_tokens=16)
     assert set(answers) == {"tiny", "tiny-tuned-1"}
     assert answers["tiny"] != answers["tiny-tuned-1"]
-
-
-def test_an_unknown_model_is_a_404(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError):
-        client.completions.create(model="nobody", prompt="Hi", max_tokens=1)
 
 
 def test_an_unknown_adapter_of_a_known_base_is_a_404(client: openai.OpenAI) -> None:
@@ -127,6 +124,97 @@ def test_the_probes_of_the_base_are_refused_under_the_tuned_name(case: Case, cli
 def test_another_adapter_is_refused(case: Case, client: openai.OpenAI) -> None:
     with pytest.raises(TenureError, match="log-probability of token"):
         check_parity(client, "tiny-tuned-1", case.other, TOLERANCES["float32"])
+
+
+def running(case: Case, admin: httpx.Client) -> float:
+    """Requests that the engine is working on, by its own metrics."""
+    text = admin.get("/metrics").text
+    return sum(float(found) for found in re.findall(r"^vllm:num_requests_running\{[^}]*\} (\S+)", text, re.MULTILINE))
+
+
+def leave_midway(url: str, request: dict[str, Any], after_s: float = 1.0) -> None:
+    """Ask, and go away before the answer is complete."""
+    began = time.monotonic()
+    asked = partial(httpx.stream, "POST", url, json=request, timeout=after_s, trust_env=False)
+    with suppress(httpx.TimeoutException), asked() as reply:
+        for _ in reply.iter_raw():
+            if time.monotonic() - began > after_s:
+                return
+        pytest.fail("the answer was complete too soon")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_engine_stops_when_the_client_goes_away(case: Case, stream: bool) -> None:
+    request = {"model": "tiny", "prompt": "Once", "max_tokens": 1000, "ignore_eos": True, "stream": stream}
+    with case.admin() as admin:
+        leave_midway(f"{case.endpoint.base_url}/completions", request)
+        left = time.monotonic()
+        while running(case, admin):
+            assert time.monotonic() - left < 5, "the engine still generates"
+            time.sleep(0.05)
+        assert 'tenure_clients_left_total{key="-",model="tiny"}' in admin.get("/metrics").text
+
+
+def test_an_adapter_joins_takes_over_an_alias_and_goes_back(case: Case) -> None:
+    with case.admin() as admin, connect(case.endpoint.base_url) as client:
+        added = {"model": {"name": "tiny-other", "path": str(case.other_adapter), "base": "tiny"}}
+        assert admin.post("/admin/models", json=added).status_code == 200
+        found = check_parity(client, "tiny-other", case.other, TOLERANCES["float32"])
+        assert found.largest < TOLERANCES["float32"].largest
+        for model in ("tiny-tuned-1", "tiny-other"):
+            at_once = {"alias": "production", "model": model, "steps": []}
+            assert admin.post("/admin/rollouts", json=at_once).status_code == 200
+        assert ask("Hi", case.endpoint.base_url, ["production"], 4) == {
+            "production": ask("Hi", case.endpoint.base_url, ["tiny-other"], 4)["tiny-other"]
+        }
+        assert admin.post("/admin/rollback", json={"alias": "production"}).json()["current"] == "tiny-tuned-1"
+
+
+def test_the_endpoint_is_well_and_counts(case: Case) -> None:
+    with case.admin() as admin:
+        assert admin.get("/ready").status_code == 200
+        text = admin.get("/metrics").text
+    assert 'tenure_time_to_first_token_seconds_count{model="tiny"}' in text
+    assert "vllm:kv_cache_usage_perc" in text
+    assert case.folder.endpoint.stat().st_mode & 0o077 == 0
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ("messages", "prompt", "temperature", "top_p", "n", "stop", "stream", "stream_options", "logprobs", "seed")
+MORE = (
+    "tools",
+    "tool_choice",
+    "response_format",
+    "logit_bias",
+    "user",
+    "echo",
+    "suffix",
+    "best_of",
+    "top_k",
+    "invented",
+)
+BODIES = st.dictionaries(st.sampled_from(FIELDS + MORE), ODD, max_size=4)
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions"])
+def test_no_body_makes_the_server_fail(case: Case, path: str) -> None:
+    sound = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "max_tokens": 1}
+    with httpx.Client(trust_env=False, timeout=60) as client:
+
+        @given(odd=BODIES)
+        @settings(max_examples=60, deadline=None, derandomize=True)
+        def one(odd: dict[str, Any]) -> None:
+            content = json.dumps({**sound, **odd, "max_tokens": 1})
+            reply = client.post(f"{case.endpoint.base_url}{path}", content=content)
+            assert reply.status_code < 500, (content, reply.text)
+            assert "Traceback" not in reply.text
+            assert reply.status_code == 200 or set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+        one()
 
 
 def test_a_second_endpoint_on_the_same_ray_is_refused(case: Case) -> None:

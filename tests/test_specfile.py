@@ -108,8 +108,8 @@ training:
         (
             "2: modle",
             "unknown key 'modle'",
-            "did you mean 'model'? known: contract, data, export, model, name, objective, protections, scaling, "
-            "suites, training, tuning",
+            "did you mean 'model'? known: contract, data, evaluation, export, model, name, objective, "
+            "protections, scaling, suites, training, tuning",
         ),
         (
             "3: tuning.rnak",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 import yaml
 from rich.console import Console
 from tiny_spec import sums, write_rows, write_tiny_spec
 
-from cluster.sweep import read_sweep, settle_on
+from cluster.sweep import promote_sweep, read_sweep, settle_on
 from sweeps import driver
 from sweeps.folder import SweepFolder, new_folder
 from sweeps.result import SweepResult, read_result
@@ -22,6 +27,8 @@ from training.errors import TenureError
 from training.workspace import Workspace
 
 QUIET = Console(quiet=True)
+RATE = {"low": 1e-4, "high": 1e-3, "log": True}
+FULL = {"name": "full", "tuning": {"type": "full"}, "space": {"training.learning_rate": RATE}}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +40,8 @@ def swept(
     workspace = Workspace.at(folder / "workspace")
     write_tiny_spec(folder, tiny_model, training={"epochs": 2}, scaling={"zero_stage": 0})
     write_rows(folder / "sums.jsonl", sums(24))
-    rate = {"low": 1e-4, "high": 1e-3, "log": True}
     strategies = [
-        {"name": "full", "tuning": {"type": "full"}, "space": {"training.learning_rate": rate}},
+        FULL,
         {"name": "lora", "tuning": {"type": "lora", "rank": 4}, "set": {"training.learning_rate": 1e-3}},
         {"name": "wild", "tuning": {"type": "full"}, "set": {"training.learning_rate": 1e30}},
     ]
@@ -119,6 +125,124 @@ def test_other_seeds_of_a_setting_are_no_trials_of_the_search(swept: Swept) -> N
     ]
     assert result.spent.trials == len(result.searched) == 3
     assert not {point.trial for point in result.points} & {trial.name for trial in again}
+
+
+def test_a_trial_of_two_workers_is_trained_by_ray_train(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
+    workspace = Workspace.at(tmp_path / "workspace")
+    write_tiny_spec(tmp_path, tiny_model, training={"epochs": 1}, scaling={"workers": 2, "zero_stage": 1})
+    write_rows(tmp_path / "sums.jsonl", sums(24))
+    rates = {"training.learning_rate": [1e-3]}
+    sweep = {"name": "s", "base": "spec.yaml", "space": rates, "budget": {"trials": 1}, "finalists": 0}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**sweep, "alphas": [0.5], "contract": {"max_loss": 100.0}}), encoding="utf-8")
+    spec, notes = read_sweep(path, workspace)
+    folder = driver.begin(spec, path.read_text(encoding="utf-8"), notes, workspace)
+    result = driver.carry_on(folder, workspace, QUIET)
+    assert [(trial.state, trial.cause) for trial in result.trials] == [("finished", None)]
+    assert {point.alpha for point in result.points} == {None, 0.5}
+    plan = json.loads(workspace.run(f"{folder.id}-trial-000").plan.read_text(encoding="utf-8"))
+    assert (plan["workers"], plan["zero_stage"]) == (2, 1)
+
+
+def test_a_population_trains_its_generations_and_its_best_runs_again(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    workspace = Workspace.at(tmp_path / "workspace")
+    write_tiny_spec(tmp_path, tiny_model, training={"epochs": 1}, scaling={"zero_stage": 0})
+    write_rows(tmp_path / "sums.jsonl", sums(24))
+    sweep = {"name": "s", "base": "spec.yaml", "search": "pbt", "rungs": 2, "budget": {"trials": 2}, "seeds": [0]}
+    sweep |= {"space": {"training.learning_rate": {"low": 1e-4, "high": 1e-3, "log": True}}, "finalists": 1}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**sweep, "alphas": [], "contract": {"max_loss": 100.0}}), encoding="utf-8")
+    spec, notes = read_sweep(path, workspace)
+    folder = driver.begin(spec, path.read_text(encoding="utf-8"), notes, workspace)
+    result = driver.carry_on(folder, workspace, QUIET)
+    members = [(trial.name, trial.state, [one.rung for one in trial.curve]) for trial in result.searched]
+    assert members == [("trial-000", "finished", [0, 1]), ("trial-001", "finished", [0, 1])]
+    population = json.loads(folder.population.read_text(encoding="utf-8"))
+    parents = {member["parent"] for member in population["members"]}
+    assert (population["generation"], len(parents)) == (1, 1)
+    assert result.winner is not None
+    assert result.finalists[0].trials == (f"{result.winner.trial}-seed-0",)
+    assert result.winner.run == f"s-{result.winner.trial}-seed-0"
+
+
+def begin_another(swept: Swept, **keys: Any) -> SweepFolder:
+    """Another sweep over the same data: what is shared stands already."""
+    folder, workspace, _ = swept
+    path = Path(workspace.root).parent / f"{keys['name']}.yaml"
+    given = yaml.safe_load(folder.spec_yaml.read_text(encoding="utf-8")) | {"strategies": [FULL], "finalists": 0}
+    path.write_text(yaml.safe_dump(given | {"alphas": [], "budget": {"trials": 2}} | keys), encoding="utf-8")
+    spec, notes = read_sweep(path, workspace)
+    return driver.begin(spec, path.read_text(encoding="utf-8"), notes, workspace)
+
+
+@pytest.mark.parametrize("search", ["tpe", "multi-objective"])
+def test_optuna_chooses_settings_and_its_journal_outlives_the_driver(swept: Swept, search: str) -> None:
+    folder = begin_another(swept, name=search, search=search, rungs=1)
+    result = driver.carry_on(folder, swept[1], QUIET)
+    assert [trial.state for trial in result.trials] == ["finished", "finished"]
+    rates = {trial.config["training.learning_rate"] for trial in result.trials}
+    assert len(rates) == 2
+    assert folder.study.is_file()
+
+
+def test_a_trial_whose_process_is_killed_is_begun_again(swept: Swept) -> None:
+    folder = begin_another(swept, name="killed", rungs=1, budget={"trials": 1})
+    killed: list[int] = []
+    watcher = threading.Thread(target=kill_once, args=(folder, killed))
+    watcher.start()
+    result = driver.carry_on(folder, swept[1], QUIET)
+    watcher.join()
+    assert killed
+    assert [(trial.state, trial.attempts) for trial in result.trials] == [("finished", 2)]
+
+
+def kill_once(folder: SweepFolder, killed: list[int]) -> None:
+    """Kill the process that has begun the first trial."""
+    while folder.started("trial-000") is None:
+        time.sleep(0.05)
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if any("TrialActor" in part for part in process.info["cmdline"] or ()) and is_ours(process):
+            killed.append(process.pid)
+            process.kill()
+
+
+def is_ours(process: psutil.Process) -> bool:
+    """Whether a process belongs to the Ray that this one started."""
+    return any(parent.pid == os.getpid() for parent in process.parents())
+
+
+def test_trials_that_wait_for_what_never_comes_end_the_sweep(swept: Swept) -> None:
+    import ray
+
+    folder = begin_another(swept, name="waits", rungs=1, wait_s=3.0)
+
+    @ray.remote(num_cpus=4)
+    class Everything:
+        def hold(self) -> None:
+            pass
+
+    holder = Everything.remote()
+    ray.get(holder.hold.remote())
+    try:
+        with pytest.raises(TenureError, match=r"no trial could start .* each waits for 1 CPU \(0 free\)"):
+            driver.carry_on(folder, swept[1], QUIET)
+    finally:
+        ray.kill(holder)
+
+
+def test_promoting_a_sweep_registers_its_winner(swept: Swept) -> None:
+    from serving.registry import registered_artifact
+    from training.evaluation.scorecard import read_scorecard
+
+    folder, workspace, result = swept
+    assert result.winner is not None
+    assert result.winner.run is not None
+    promote_sweep(folder.id, workspace)
+    run = workspace.run(result.winner.run)
+    assert json.loads(run.registration.read_text(encoding="utf-8"))["name"] == folder.id
+    assert registered_artifact(run, read_scorecard(run.scorecard)) == run.artifact
 
 
 def test_a_name_is_taken_once(swept: Swept) -> None:

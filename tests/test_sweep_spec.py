@@ -10,7 +10,7 @@ import yaml
 from tiny_spec import write_tiny_spec
 
 from sweeps.loading import load_sweep
-from sweeps.presets import strategies
+from sweeps.presets import amounts, strategies
 from sweeps.space import MOST_GRID_POINTS, Setting, draw, grid, grid_size, run_spec, settings
 from sweeps.spec import SweepSpec
 from training.errors import TenureError
@@ -59,6 +59,22 @@ def test_adapters_get_ten_times_the_rate_of_full_tuning(tmp_path: Path) -> None:
 
 def test_an_unknown_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
     assert "did you mean 'strategies'?" in refused(tmp_path, strategys=[])
+
+
+@pytest.mark.parametrize("key", ["rungs", "trials_per_gpu"])
+def test_a_trial_of_several_workers_goes_in_one_go(tmp_path: Path, key: str) -> None:
+    write_tiny_spec(tmp_path, Path("/models/tiny"), scaling={"workers": 2})
+    path = tmp_path / "sweep.yaml"
+    asked = {"name": "s", "base": "spec.yaml", "preset": "quick"}
+    path.write_text(yaml.safe_dump(asked), encoding="utf-8")
+    assert amounts(load_sweep(path)[0]).rungs == 1
+    path.write_text(yaml.safe_dump({**asked, key: 2}), encoding="utf-8")
+    with pytest.raises(TenureError, match="a trial of 2 workers trains in one go"):
+        load_sweep(path)
+
+
+def test_trials_that_claim_more_than_others_are_refused(tmp_path: Path) -> None:
+    assert "all of them claim alike" in refused(tmp_path, space={"scaling.workers": [1, 2]})
 
 
 def test_an_empty_space_is_refused(tmp_path: Path) -> None:

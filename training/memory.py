@@ -52,8 +52,10 @@ def memory_parts(
     width = 2 if spec.training.precision == "bf16" else 4
     stored = _NF4_BYTES if isinstance(spec.tuning, Lora) and spec.tuning.bits else width
     masters = trainable * 4 if width == 2 else 0
-    # 34 bytes a position, layer and hidden unit in 16 bits (arXiv 2205.05198, equation 2, without attention scores)
-    activations = 34 / 2 * width * micro * longest * info.hidden_size * info.num_layers
+    # 34 bytes a position, layer and hidden unit in 16 bits (arXiv 2205.05198, equation 2, without attention scores); or
+    # of one layer, and 2 for the inputs of every one (the same, section 5).
+    layers = 1 + info.num_layers * 2 / 34 if spec.training.gradient_checkpointing else info.num_layers
+    activations = 34 / 2 * width * micro * longest * info.hidden_size * layers
     return MemoryParts(
         weights=int(info.num_parameters * stored / (workers if stage == 3 else 1)),
         gradients=int(trainable * width / (workers if stage >= 2 else 1)),

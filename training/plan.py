@@ -359,6 +359,7 @@ def _does_not_fit(spec: RunSpec, memory: int, limit: int, stage: int, micro: int
     ways += [f"scaling.zero_stage above {stage}"] if stage < 3 and spec.scaling.workers > 1 else []
     ways += ["objective.top_k, which caches the teacher"] if spec.objective.type == "distill" else []
     ways += [] if is_adapter(spec.tuning) else ["tuning.type: lora"]
+    ways += [] if spec.training.gradient_checkpointing else ["training.gradient_checkpointing: true"]
     ways += ["a smaller training.max_length", "more workers on more machines"]
     return Problem(what, "scaling", f"try {', '.join(ways)}")
 

@@ -179,6 +179,7 @@ class Training(Section):
     max_length: Count = 1024
     packing: Flag | Literal["auto"] = "auto"
     fused_loss: Flag = True
+    gradient_checkpointing: Flag = False
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: Natural = 0
     validation_items: Natural = 64

@@ -94,6 +94,26 @@ def apply_tuning(model: torch.nn.Module, tuning: AnyTuning) -> torch.nn.Module:
     return adapted
 
 
+def recompute(model: Any, zero_stage: int) -> None:
+    """Let a model's layers keep their inputs alone, and run each again for its backward pass.
+
+    At ZeRO 3, which takes weights away between the passes, by torch's re-entrant kind: the other one finds them of
+    another shape when it runs a layer again. That kind needs inputs with gradients, which those of an adapter's base
+    have not.
+
+    Raises:
+        TenureError: the model's layers cannot.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        what = f"{type(model).__name__} cannot run its layers again for the backward pass"
+        raise fail(what, "training.gradient_checkpointing", "set it to false")
+    sharded = zero_stage == 3
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": sharded})
+    model.config.use_cache = False
+    if sharded:
+        model.enable_input_require_grads()
+
+
 def count_moving(tuning: AnyTuning, folder: Path) -> int:
     """How many parameters a tuning moves; the base's weights are read only where a method looks at them."""
     if isinstance(tuning, Lora):  # what its first values are does not change how many there are

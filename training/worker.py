@@ -104,6 +104,8 @@ class Trainer:
             attend_within(base)
         model = tuning.apply_tuning(base, spec.tuning)
         _expect_trainable(model, plan)
+        if spec.training.gradient_checkpointing:
+            tuning.recompute(model, plan.zero_stage)
         initial = tuning.initial_products(model, spec.tuning)
         optimizer = engines.build_optimizer(model, spec)
         engine = engines.start_engine(model, optimizer, spec, plan)
@@ -313,6 +315,10 @@ class Trainer:
         keep = self.spec.training.keep_checkpoints
         checkpoint.save_checkpoint(self.folder.checkpoints, self.step, self._state, self.spec_hash, keep)
         self._log({"kind": "checkpoint", "step": self.step, "seconds": time.monotonic() - started})
+
+    def save_to(self, folder: Path) -> None:
+        """Write one checkpoint into a folder of its own."""
+        checkpoint.save_checkpoint(folder, self.step, self._state, self.spec_hash, keep=1)
 
     def _log(self, row: dict[str, Any]) -> None:
         """Append one row to the run's metrics; only the first worker writes."""

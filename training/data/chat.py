@@ -13,12 +13,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from training.data.rows import Conversation
+from training.data.seams import Seam, last_seam, prompt_within
 from training.data.timelimit import time_limit
 from training.data.tokens import continued_ids, many_ids, text_ids
 from training.data.turns import Messages
@@ -44,7 +46,7 @@ class Answer:
 class Draft:
     """An answer in rendered text, not yet in tokens: the prompt before it, the prompt with it, and the tokens marked.
 
-    `index` is the answer's turn.
+    `index` is the answer's turn, `seam` the prompt's last_seam().
     """
 
     conversation: Conversation
@@ -52,6 +54,7 @@ class Draft:
     prompt: str
     whole: str
     marks: list[int] | None
+    seam: Seam | None
 
 
 def render_prompt(
@@ -86,13 +89,13 @@ def finish(
     Args:
         ids: of texts_of() the drafts, where many conversations were put into tokens at once.
     """
-    ids = many_ids(tokenizer, texts_of(drafts)) if ids is None else ids
-    return [_answer(tokenizer, *one) for one in zip(drafts, ids[::2], ids[1::2], strict=True)]
+    left = iter(many_ids(tokenizer, texts_of(drafts)) if ids is None else ids)
+    return [_answer(tokenizer, draft, *islice(left, len(texts_of([draft])))) for draft in drafts]
 
 
 def texts_of(drafts: Sequence[Draft]) -> list[str]:
-    """The texts (2 x drafts,) that finish() needs in tokens."""
-    return [text for draft in drafts for text in (draft.prompt, draft.whole)]
+    """The texts that finish() needs in tokens: of every draft the whole, and the prompt where no seam gives its ids."""
+    return [text for draft in drafts for text in ((draft.whole,) if draft.seam else (draft.whole, draft.prompt))]
 
 
 def learned_turns(conversation: Conversation) -> list[int]:
@@ -124,10 +127,15 @@ def _draft(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, index
         whole = _verbatim(tokenizer, conversation, index, prompt)
     elif tokenizer.is_fast and _is_marked(_template(tokenizer, conversation.tools)):
         marks = _marks(tokenizer, turns, conversation.tools)
-    return Draft(conversation, index, prompt, whole, marks)
+    return Draft(conversation, index, prompt, whole, marks, last_seam(tokenizer, prompt))
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, draft: Draft, given: list[int], ids: list[int]) -> Answer:
+def _answer(
+    tokenizer: PreTrainedTokenizerBase, draft: Draft, ids: list[int], prompt: list[int] | None = None
+) -> Answer:
+    given = prompt_within(tokenizer, draft.seam, draft.whole, ids) if draft.seam else prompt
+    if given is None:
+        given = text_ids(tokenizer, draft.prompt)
     marks = draft.marks
     if ids[: len(given)] == given:
         answer, marks = ids[len(given) :], marks and marks[len(given) :]

@@ -132,7 +132,7 @@ def _encode_chats(
     ids = iter(many_ids(tokenizer, [text for one in drafts for text in texts_of(one or ())]))
     found: list[Encoded | None] = []
     for row, draft in zip(rows, drafts, strict=True):
-        own = list(islice(ids, 2 * len(draft or ())))
+        own = list(islice(ids, len(texts_of(draft or ()))))
         made = None if draft is None else faults.tried(row.where, _encode_chat, tokenizer, row.where, draft, own)
         found.append(made)
     return found

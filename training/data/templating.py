@@ -19,7 +19,8 @@ def fill(column: str, row: Row) -> str:
         return _fill_template(column, row)
     value = column_of(column, row)
     if not isinstance(value, str):
-        raise RowFault(f"'{column}' is {type(value).__name__}, not text", "quote it, or use a template")
+        kind = "null" if value is None else type(value).__name__
+        raise RowFault(f"'{column}' is {kind}, not text", "quote it, or use a template")
     return value
 
 

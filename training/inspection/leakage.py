@@ -9,15 +9,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from training.data.locations import hash_data
 from training.errors import Problem, raise_all
 from training.inspection.overlap import Found, find_overlap
 from training.inspection.samples import Sample, read_samples, read_suite
-from training.models import hash_file
 from training.section import Source
 from training.spec import RunSpec
 from training.strategy import Replay
@@ -152,7 +151,7 @@ def _content_key(spec: RunSpec) -> str:
     sources = [*spec.data.train, *(replay.data if replay else ())]
     parts = {
         "version": _VERSION,
-        "files": [hash_file(Path(part.path)) for part in (*sources, *spec.suites.all)],
+        "files": [hash_data(part.path) for part in (*sources, *spec.suites.all)],
         "train": [source.model_dump(mode="json") for source in spec.data.train],
         "replay": [source.model_dump(mode="json") for source in (replay.data if replay else ())],
         "suites": spec.suites.model_dump(mode="json"),
