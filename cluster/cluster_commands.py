@@ -1,4 +1,4 @@
-"""The commands about the cluster itself: `tenure cluster manifest`."""
+"""The commands about the cluster itself: `tenure cluster doctor` and `tenure cluster manifest`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,46 @@ from cluster.job_commands import given_workspace
 
 @click.group("cluster")
 def cluster_group() -> None:
-    """Files that start clusters."""
+    """What is wrong with a cluster, and files that start one."""
+
+
+@cluster_group.command("doctor")
+@click.option("--address", help="A Ray head, host:port, from one of its nodes. Default: a local Ray.")
+@click.pass_context
+def doctor(context: click.Context, address: str | None) -> None:
+    """Examine every node: versions, GPUs, network, storage, clocks, disks. Exit status 1: something is wrong."""
+    from cluster.doctor import GIB, examine
+    from cluster.screen import make_screen, print_error, table
+    from cluster.session import ray_session
+    from training.errors import TenureError
+
+    root = context.obj.root
+    root.mkdir(parents=True, exist_ok=True)
+    console = make_screen()
+    with ray_session(address, {}, root / "ray.log"):
+        found = examine(root)
+    columns = ("node", "python", "ray", "torch", "GPUs", "shm GiB", "disk GiB", "clock s", "token", "workspace")
+    rows = [
+        (
+            node.host,
+            *(node.versions[name] for name in ("python", "ray", "torch")),
+            ", ".join(node.gpus) or "none",
+            f"{node.shm_bytes / GIB:.0f}",
+            f"{node.disk_free_bytes / GIB:.0f}",
+            f"{node.clock_offset_s:+.2f}",
+            "yes" if node.authentication == "token" else "no",
+            "shared" if node.workspace is None else "not shared",
+        )
+        for node in found.nodes
+    ]
+    console.print(table(columns, rows))
+    for link in found.links:
+        told = "nothing" if link.bytes_s is None else f"{link.bytes_s / 1e9:.2f} GB/s"
+        console.print(f"{link.source} to {link.target}: {told}")
+    if found.problems:
+        print_error(TenureError(found.problems))
+        raise SystemExit(1)
+    console.print("nothing is wrong")
 
 
 @cluster_group.command("manifest")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from contextlib import AbstractContextManager
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -233,8 +236,22 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
     if note:
         console.print(note)
     console.print(f"training on {plan.workers} workers, ZeRO {plan.zero_stage}, {plan.steps} steps")
-    with progress(console, run.metrics, plan.steps):
+    run.notice.unlink(missing_ok=True)
+    with progress(console, run.metrics, plan.steps), asked_by_signal(run):
         fit(make_job(spec, plan, prepared, run, hash_training(spec), aids), spec.scaling, run)
+
+
+@contextmanager
+def asked_by_signal(run: RunFolder) -> Iterator[None]:
+    """While workers train, SIGTERM asks them to write a checkpoint and leave; only a main thread can hear it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: run.notice.touch())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def score_run(run: RunFolder, spec: RunSpec, workspace: Workspace) -> Scorecard:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -159,7 +161,7 @@ def _bring(endpoint: _Endpoint, run: RunFolder, workspace: Workspace) -> float:
         entry = {"name": run.id, "path": str(model.path), "base": model.base.name, "run": run.id, "card": model.card}
         endpoint.post("/admin/models", {"model": {**entry, "created": int(time.time())}})
     dtype = "bfloat16" if model.spec.scaling.gpus_per_worker else "float32"
-    with connect(endpoint.url, secret=endpoint.secret) as client:
+    with connect(endpoint.url, secret=endpoint.secret, certificate=endpoint.certificate) as client:
         return check_parity(client, run.id, model.scorecard.probes["tuned"], TOLERANCES[dtype]).largest
 
 
@@ -174,6 +176,7 @@ class _Endpoint:
     url: str
     secret: str
     client: httpx.Client
+    certificate: Path | None = None
 
     @property
     def models(self) -> set[str]:
@@ -202,9 +205,10 @@ def _endpoint(workspace: Workspace) -> Iterator[_Endpoint | None]:
     headers = {"authorization": f"Bearer {told['key']}"}
     url = str(told["url"])
     root = url.removesuffix("/v1")
-    certificate: Any = told.get("certificate") or True
-    with httpx.Client(base_url=root, headers=headers, timeout=_ASK_S, trust_env=False, verify=certificate) as client:
-        yield _Endpoint(url, str(told["key"]), client)
+    certificate = Path(told["certificate"]) if told.get("certificate") else None
+    trusted = ssl.create_default_context(cafile=str(certificate)) if certificate else True
+    with httpx.Client(base_url=root, headers=headers, timeout=_ASK_S, trust_env=False, verify=trusted) as client:
+        yield _Endpoint(url, str(told["key"]), client, certificate)
 
 
 def _lives(pid: int) -> bool:

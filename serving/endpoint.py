@@ -111,7 +111,7 @@ def deploy_fleet(
     os.environ.update(OFFLINE_ENV | QUIET_ENV)  # vLLM is imported in this process, too
     CatalogFile(ServingFolder(access.folder).catalog).write(fleet.catalog())
     base_url = f"{'https' if tls else 'http'}://{_name_of(access.host)}:{port}/v1"
-    with _own_key(access, keys, base_url) as secret, _serve(access.host, port, tls, on_progress):
+    with _own_key(access, keys, base_url, tls) as secret, _serve(access.host, port, tls, on_progress):
         _run(fleet, access, on_progress)
         with connect(base_url, secret=secret, certificate=tls.certificate if tls else None) as client:
             _wait(client, fleet, on_progress)
@@ -141,12 +141,13 @@ def _name_of(host: str) -> str:
 
 
 @contextmanager
-def _own_key(access: Access, keys: KeyStore, base_url: str) -> Iterator[str]:
+def _own_key(access: Access, keys: KeyStore, base_url: str, tls: Tls | None) -> Iterator[str]:
     """A key of administration for as long as the endpoint lasts, in a file that this machine's user alone may read."""
     key, secret = keys.create("the endpoint's own", ("admin",), lasts_s=OWN_KEY_S)
     file = ServingFolder(access.folder).endpoint
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as written:
-        json.dump({"url": base_url, "key": secret, "pid": os.getpid()}, written)
+        certificate = str(tls.certificate) if tls else None
+        json.dump({"url": base_url, "key": secret, "pid": os.getpid(), "certificate": certificate}, written)
     try:
         yield secret
     finally:

@@ -20,6 +20,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Json = dict[str, Any]
 
 EVENT_END = b"\n\n"
+MOST_ANSWERS = 128  # to one prompt, as OpenAI has it
 CLIENT_LEFT = 499  # as nginx logs it; nobody is there to read it
 
 
@@ -132,13 +133,31 @@ def parse_body(body: bytes) -> Json:
         Refusal: 400, it is none.
     """
     try:
-        value = json.loads(body)
+        value = json.loads(body, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise Refusal(400, f"the body is not valid JSON: {said}", "invalid_json") from None
     if not isinstance(value, dict):
         raise Refusal(400, "the body must be a JSON object", "invalid_json")
     return value
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def check_counts(request: Json) -> None:
+    """Refuse more answers to one prompt than OpenAI gives: one request must not fill the engine.
+
+    Raises:
+        Refusal: 400.
+    """
+    for name in ("n", "best_of"):
+        count = request.get(name)
+        if count is not None and (
+            not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= MOST_ANSWERS
+        ):
+            raise Refusal(400, f"{name} must be a whole number from 1 to {MOST_ANSWERS}", "invalid_value", name)
 
 
 async def forward(app: App, exchange: Exchange, request: Json, filtering: Filtering | None = None) -> None:

@@ -15,7 +15,7 @@ from serving import admin, page
 from serving.access import Doorkeeper, Route, check_model, route_of
 from serving.catalog import Catalog, CatalogFile
 from serving.cost import Meter
-from serving.exchange import App, Exchange, Json, Receive, Scope, Send, forward, parse_body, read_body
+from serving.exchange import App, Exchange, Json, Receive, Scope, Send, check_counts, forward, parse_body, read_body
 from serving.files import ServingFolder
 from serving.keys import KeyStore, Quota
 from serving.listing import list_models
@@ -78,6 +78,7 @@ class Gate:
     async def _generate(self, exchange: Exchange, route: Route) -> None:
         limits = self.access.limits
         request = parse_body(await read_body(exchange, limits.max_body_bytes, limits.body_timeout_s))
+        check_counts(request)
         catalog = self.catalog.read()
         exchange.model = _model_in(request, catalog)
         check_model(exchange.key, exchange.model)

@@ -108,10 +108,10 @@ def _event(value: dict[str, Any]) -> str:
 
 
 def _prompt_of(body: dict[str, Any]) -> str:
-    if "messages" in body:
-        content = body["messages"][-1]["content"] if body["messages"] else ""
-        return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-    return body["prompt"] if isinstance(body["prompt"], str) else str(body["prompt"])
+    messages = body.get("messages")
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        return str(messages[-1].get("content"))
+    return str(body.get("prompt"))
 
 
 MODELS = {

@@ -69,6 +69,9 @@ def test_a_request_passes_and_is_logged_without_its_words(endpoint: Endpoint) ->
     [
         (b"{", 400, "invalid_json"),
         (b"[1]", 400, "invalid_json"),
+        (b'{"model": "base", "temperature": NaN}', 400, "invalid_json"),
+        (chat("hi", n=129), 400, "invalid_value"),
+        (chat("hi", n="many"), 400, "invalid_value"),
         (b"[" * 100_000, 400, "invalid_json"),
         (b"\xff\xfe\x00", 400, "invalid_json"),
         ({"messages": []}, 400, "missing_required_parameter"),
@@ -470,3 +473,30 @@ def test_what_administration_cannot_do_is_told(
     reply = act(endpoint, path, asked)
     assert reply.status_code == status, reply.text
     assert reply.json()["error"]["message"]
+
+
+def test_no_request_fails_while_a_release_rolls_out_and_is_taken_back(endpoint: Endpoint) -> None:
+    steps = [{"share": 0.3, "seconds": 0, "requests": 10}, {"share": 1.0, "seconds": 0, "requests": 10}]
+
+    async def body() -> set[int]:
+        async with endpoint.client(endpoint.admin) as client:
+            left = iter(range(200))
+
+            async def work() -> list[int]:
+                request = chat("one two", model="production", stream=True)
+                return [(await client.post(CHAT, json=request)).status_code for _ in left]
+
+            async def govern() -> None:
+                asked = {"alias": "production", "model": "tuned-2", "steps": steps}
+                assert (await client.post("/admin/rollouts", json=asked)).status_code == 200
+                while endpoint.gate.catalog.read().aliases["production"].current != "tuned-2":
+                    await asyncio.sleep(0.01)
+                assert (await client.post("/admin/rollback", json={"alias": "production"})).status_code == 200
+
+            *answered, _ = await asyncio.gather(*(work() for _ in range(32)), govern())
+            assert sum(map(len, answered)) == 200
+            return {status for statuses in answered for status in statuses}
+
+    assert run(body) == {200}
+    assert endpoint.gate.catalog.read().aliases["production"].current == "tuned-1"
+    assert {request["model"] for request in endpoint.engine.asked} == {"tuned-1", "tuned-2"}

@@ -135,6 +135,28 @@ def test_a_model_may_be_the_judge(tmp_path: Path) -> None:
     assert ask(endpoint, chat("good thing"), key).json()["error"]["code"] == "filter_unavailable"
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ("messages", "prompt", "n", "best_of", "stream", "stream_options", "logprobs", "tools", "stop", "invented")
+SOUND = {"model": "base", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def test_no_body_makes_the_gate_fail(tmp_path: Path) -> None:
+    endpoint, key = moderated(tmp_path, WORDS, PRIVATE, {"type": "length", "max_characters": 60})
+
+    @given(odd=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
+    @settings(max_examples=80, deadline=None, derandomize=True)
+    def one(odd: dict[str, Any]) -> None:
+        reply = ask(endpoint, json.dumps({**SOUND, **odd}).encode(), key)
+        assert reply.status_code < 500, (odd, reply.text)
+        assert reply.status_code == 200 or set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+    one()
+
+
 @pytest.mark.parametrize(
     "spec",
     [

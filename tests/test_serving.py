@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import time
@@ -16,8 +15,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from openai_suite import CASES
 from openai_suite import Case as SuiteCase
 from peft import PeftModel
@@ -177,44 +174,6 @@ def test_the_endpoint_is_well_and_counts(case: Case) -> None:
     assert 'tenure_time_to_first_token_seconds_count{model="tiny"}' in text
     assert "vllm:kv_cache_usage_perc" in text
     assert case.folder.endpoint.stat().st_mode & 0o077 == 0
-
-
-ODD = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
-FIELDS = ("messages", "prompt", "temperature", "top_p", "n", "stop", "stream", "stream_options", "logprobs", "seed")
-MORE = (
-    "tools",
-    "tool_choice",
-    "response_format",
-    "logit_bias",
-    "user",
-    "echo",
-    "suffix",
-    "best_of",
-    "top_k",
-    "invented",
-)
-BODIES = st.dictionaries(st.sampled_from(FIELDS + MORE), ODD, max_size=4)
-
-
-@pytest.mark.parametrize("path", ["/chat/completions", "/completions"])
-def test_no_body_makes_the_server_fail(case: Case, path: str) -> None:
-    sound = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "max_tokens": 1}
-    with httpx.Client(trust_env=False, timeout=60) as client:
-
-        @given(odd=BODIES)
-        @settings(max_examples=60, deadline=None, derandomize=True)
-        def one(odd: dict[str, Any]) -> None:
-            content = json.dumps({**sound, **odd, "max_tokens": 1})
-            reply = client.post(f"{case.endpoint.base_url}{path}", content=content)
-            assert reply.status_code < 500, (content, reply.text)
-            assert "Traceback" not in reply.text
-            assert reply.status_code == 200 or set(reply.json()["error"]) == {"message", "type", "param", "code"}
-
-        one()
 
 
 def test_a_second_endpoint_on_the_same_ray_is_refused(case: Case) -> None:

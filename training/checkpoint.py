@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from training.errors import fail
 from training.models import hash_file
 from training.protection.layout import Fragment, Layout, Sheet, refresh_weights
+from training.storage import patiently, settle
 from training.workspace import read_json, write_json
 
 _MANIFEST = "manifest.json"
@@ -44,20 +45,24 @@ class State:
 
 
 def save_checkpoint(folder: Path, step: int, state: State, spec_hash: str, keep: int) -> None:
-    """Write the state after `step` optimizer steps; every rank calls it. Older ones go only once it stands."""
+    """Write the state after `step` optimizer steps; every rank calls it. Older ones go only once it stands whole.
+
+    Storage that fails for a while is waited for; see storage.patiently().
+    """
     final = folder / f"step-{step:07d}"
     part = folder / f".step-{step:07d}.part"
     if dist.get_rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        for half_written in folder.glob(".step-*.part"):
+            shutil.rmtree(half_written, ignore_errors=True)
+        patiently(lambda: part.mkdir(parents=True, exist_ok=True), f"making {part}")
     dist.barrier()
     if state.layout.is_sharded or dist.get_rank() == 0:
-        _write_shards(part, state)
-    torch.save(_random_state(), part / _random_file(dist.get_rank()))
+        patiently(lambda: _write_shards(part, state), f"writing {part}")
+    patiently(lambda: _write_random_state(part), f"writing {part}")
     dist.barrier()
     if dist.get_rank() == 0:
         about = {"step": step, "spec_hash": spec_hash, "workers": dist.get_world_size()}
-        _publish(part, final, {**about, "scalars": _scalars(state)})
+        patiently(lambda: _publish(part, final, {**about, "scalars": _scalars(state)}), f"publishing {final}")
         _remove_old(folder, keep)
     dist.barrier()
 
@@ -168,6 +173,11 @@ def _random_file(rank: int) -> str:
     return f"random-{rank:05d}.pt"
 
 
+def _write_random_state(part: Path) -> None:
+    with (part / _random_file(dist.get_rank())).open("wb") as stream:
+        torch.save(_random_state(), stream)
+
+
 def _random_state() -> dict[str, Any]:
     return {
         "python": random.getstate(),
@@ -185,16 +195,35 @@ def _restore_random_state(file: Path) -> None:
 
 
 def _publish(part: Path, final: Path, about: dict[str, Any]) -> None:
-    files = {
-        str(file.relative_to(part)): {"bytes": file.stat().st_size, "sha256": hash_file(file)}
-        for file in sorted(part.rglob("*"))
-        if file.is_file()
-    }
+    """Hash what was written as the disk gives it back, then rename; nothing of it is lost with the power."""
+    if final.is_dir() and not part.is_dir():
+        return  # renamed, before the storage failed
+    files = {}
+    for file in sorted(part.rglob("*")):
+        if file.is_file() and file.name != _MANIFEST:
+            settle(file)
+            files[str(file.relative_to(part))] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
     write_json(part / _MANIFEST, {**about, "files": files})
+    settle(part / _MANIFEST)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
+    settle(final.parent)
 
 
 def _remove_old(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    """Keep the newest that are whole; none goes as long as the newest of all is not."""
+    whole = [path for path in sorted(folder.glob("step-*")) if _is_complete(path)]
+    newest = max(folder.glob("step-*"))
+    if newest in whole:
+        for old in sorted(folder.glob("step-*")):
+            if old < whole[-keep:][0]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether every file is there in its size; contents are hashed when they are written, and when they are read."""
+    manifest = checkpoint / _MANIFEST
+    if not manifest.is_file():
+        return False
+    files = {checkpoint / name: told["bytes"] for name, told in read_json(manifest)["files"].items()}
+    return all(file.is_file() and file.stat().st_size == size for file, size in files.items())

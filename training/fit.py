@@ -24,6 +24,9 @@ def fit(job: dict[str, Any], scaling: Scaling, folder: RunFolder) -> None:
         TenureError: a worker's fault that the user can mend, or the death of a worker.
     """
     run_workers(train_worker, job, scaling, folder.path / "ray", folder.id, folder.logs, f"tenure resume {folder.id}")
+    if not folder.artifact.is_dir() and folder.notice.exists():
+        again = f"go on with: tenure resume {folder.id}"
+        raise fail("the run was asked to leave, wrote a checkpoint and left", str(folder.notice), again)
     if not folder.artifact.is_dir():
         raise fail("training ended without an artifact", str(folder.logs), f"tenure resume {folder.id}")
 

@@ -86,6 +86,7 @@ class Trainer:
     initial: dict[str, torch.Tensor]
     step: int = 0
     seen: ExampleLog | None = None
+    leaves: bool = False
 
     @classmethod
     def start(cls, job: Job, folder: RunFolder, load: LoadBase = tuning.load_base_for) -> Trainer:
@@ -144,15 +145,21 @@ class Trainer:
         return trainer
 
     def run(self) -> None:
-        """Every step that is left, with validation and checkpoints on the way; then the artifact."""
+        """Every step that is left, with validation and checkpoints on the way; then the artifact.
+
+        A run that is asked to leave writes a checkpoint and returns without one.
+        """
         if self.step == 0:
             self._validate()
         while self.step < self.plan.steps:
             self.train_step()
             if self._is_due(self.plan.validate_every_steps):
                 self._validate()
-            if self._is_due(self.plan.checkpoint_every_steps):
+            if self._is_due(self.plan.checkpoint_every_steps) or self.leaves:
                 self._save()
+            if self.leaves and self.step < self.plan.steps:
+                self._log({"kind": "leave", "step": self.step})
+                return
         self.finish()
 
     def finish(self) -> None:
@@ -227,20 +234,26 @@ class Trainer:
         rate = engines.learning_rate(self.spec.training, self.plan, self.step)
         engines.set_learning_rate(self.engine.optimizer, rate)
         self.engine.train()
-        figures = torch.zeros(1 + len(self.objective.names) + len(self.tasks), device=self.engine.device)
+        figures = torch.zeros(2 + len(self.objective.names) + len(self.tasks), device=self.engine.device)
+        figures[-1] = self._is_asked_to_leave()
         own = share(batches, dist.get_rank(), self.plan.workers)
         for batch in own:
             loss = self.objective.loss(self.engine, batch, totals)
             parts = [loss.value.detach(), *(loss.parts[name] for name in self.objective.names)]
-            figures += torch.cat([torch.stack(parts), self.tasks.sums(batch, loss.losses)])
+            figures[:-1] += torch.cat([torch.stack(parts), self.tasks.sums(batch, loss.losses)])
             # DeepSpeed divides by accumulation steps and averages over workers; this undoes both.
             self.engine.backward(loss.value * count)
             self.engine.step()
         dist.all_reduce(figures)
+        *told, asked = figures.tolist()
+        self.leaves = asked > 0  # by all workers at once, since they have to save together
         self.step += 1
         if self.seen:
             self.seen.add(self.step, [index for batch in own for index in batch])
-        self._log_step(figures.tolist(), rate, indices, totals.num_targets, time.monotonic() - started)
+        self._log_step(told, rate, indices, totals.num_targets, time.monotonic() - started)
+
+    def _is_asked_to_leave(self) -> bool:
+        return dist.get_rank() == 0 and self.folder.notice.exists()
 
     def _cut(self, indices: list[int], count: int) -> list[list[int]]:
         """A global batch as `count` micro-batches."""

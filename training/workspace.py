@@ -89,6 +89,11 @@ class RunFolder:
         return self.logs / "examples"
 
     @property
+    def notice(self) -> Path:
+        """Whoever makes this file asks a run to write a checkpoint after its step, and to leave."""
+        return self.path / "leave"
+
+    @property
     def registration(self) -> Path:
         """Written last of all: a run that has it is finished."""
         return self.path / "registered.json"

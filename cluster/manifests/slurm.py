@@ -30,8 +30,12 @@ head=${{nodes[0]}}
 head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname -I | awk '{{print $1}}')
 port=$((20000 + SLURM_JOB_ID % 20000))
 
+driver=
 again() {{
-  echo "time is nearly up, or the node is wanted: back into the queue"
+  echo "time is nearly up, or the node is wanted: a checkpoint, then back into the queue"
+  if [ -n "$driver" ] && kill -TERM "$driver"; then
+    for _ in $(seq 100); do kill -0 "$driver" 2>/dev/null || break; sleep 1; done
+  fi
   scontrol requeue "$SLURM_JOB_ID"
   exit 0
 }}
@@ -65,7 +69,8 @@ else
   set -- {begin}
 fi
 python -m cluster --workspace "$workspace" "$@" --address "$head_ip:$port" &
-wait $! || status=$?
+driver=$!
+wait "$driver" || status=$?
 exit "${{status:-0}}"
 """
 
