@@ -6,7 +6,7 @@ A small sweep (a byte-level model, four trials, two finalists' seeds) runs once 
 Then it runs again under a fresh name once a kill: its driver is ended by SIGKILL at a moment drawn evenly from the
 undisturbed run's time, and `tenure sweep --resume` goes on with it. Told is whether each ended with the same finished
 trials and the same winner, how many trials were worked on more than once, and what of the killed driver was still there
-half a minute later: placement groups, actors, processes.
+half a minute later: placement groups, claimed processors, working processes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from benchmarks.sweep_overhead import where
@@ -37,6 +38,7 @@ from tiny import make_tiny_model
 from tiny_spec import sums, write_rows, write_tiny_spec  # type: ignore[import-not-found]  # of the tests
 
 PATIENCE_S = 30.0
+OPEN = {**os.environ, "RAY_AUTH_MODE": "disabled"}  # the cluster and all that speak to it, on this machine alone
 
 
 def main() -> None:
@@ -45,31 +47,53 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch, ray_head() as address:
+    with tempfile.TemporaryDirectory() as scratch, ray_head(Path(scratch)) as address:
         base = write_base(Path(scratch))
+        run(base, "first", address)  # what the workspace keeps for all sweeps is not timed
         started = time.monotonic()
         run(base, "undisturbed", address)
         seconds, wanted = time.monotonic() - started, outcome(base, "undisturbed")
+        print(json.dumps({"undisturbed_seconds": seconds, **wanted}), flush=True)
         draw = random.Random(arguments.seed)
-        kills = [
-            killed(base, f"killed-{number}", address, draw.uniform(0, seconds), wanted)
-            for number in range(arguments.kills)
-        ]
-    found = {"undisturbed_seconds": seconds, "outcome": wanted, "kills": kills, **where()}
-    write_json(arguments.out, found)
-    print(json.dumps(found, indent=1))
+        kills: list[dict[str, Any]] = []
+        for number in range(arguments.kills):
+            kills.append(killed(base, f"killed-{number}", address, draw.uniform(0, seconds), wanted))
+            told = {"undisturbed_seconds": seconds, "outcome": wanted, "same": sum(one["same"] for one in kills)}
+            write_json(arguments.out, {**told, "kills": kills, **where()})
 
 
 @contextmanager
-def ray_head() -> Iterator[str]:
-    """A Ray cluster of this machine, which outlives the drivers that connect to it."""
+def ray_head(scratch: Path) -> Iterator[str]:
+    """A Ray cluster of this machine, which outlives the drivers that connect to it; it ends with its own processes.
+
+    Its folder is its own, or every ray.init() of this machine would find it.
+    """
     port = str(random.randint(20000, 30000))
-    command = ["ray", "start", "--head", "--port", port, "--num-cpus", "4", "--include-dashboard", "false"]
-    subprocess.run([str(Path(sys.executable).with_name("ray")), *command[1:]], check=True, capture_output=True)
+    ray = str(Path(sys.executable).with_name("ray"))
+    where = ["--port", port, "--temp-dir", str(scratch / "ray"), "--num-cpus", "2", "--include-dashboard", "false"]
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", *where], env=OPEN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    address = f"127.0.0.1:{port}"
     try:
-        yield f"127.0.0.1:{port}"
+        expect_up(ray, address)
+        yield address
     finally:
-        subprocess.run([str(Path(sys.executable).with_name("ray")), "stop", "--force"], check=False)
+        head.terminate()
+        head.wait()
+
+
+def expect_up(ray: str, address: str) -> None:
+    """Wait for a cluster to answer, two minutes at most."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        asked = subprocess.run(
+            [ray, "health-check", "--address", address], env=OPEN, check=False, capture_output=True, text=True
+        )
+        if asked.returncode == 0:
+            return
+        time.sleep(2)
+    sys.exit(f"no Ray came up at {address}: {asked.stderr.strip().splitlines()[-1:]}")
 
 
 def write_base(folder: Path) -> Path:
@@ -105,7 +129,7 @@ def command(base: Path, address: str, *given: str) -> list[str]:
 
 def run(base: Path, name: str, address: str) -> None:
     done = subprocess.run(
-        command(base, address, str(write_sweep(base, name))), check=False, capture_output=True, text=True
+        command(base, address, str(write_sweep(base, name))), env=OPEN, check=False, capture_output=True, text=True
     )
     if done.returncode not in (0, 3):
         sys.exit(f"the sweep ended with status {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -114,7 +138,10 @@ def run(base: Path, name: str, address: str) -> None:
 def killed(base: Path, name: str, address: str, after_s: float, wanted: dict[str, Any]) -> dict[str, Any]:
     """Kill a sweep's driver after so many seconds, look at what is left, and resume it to its end."""
     driver = subprocess.Popen(
-        command(base, address, str(write_sweep(base, name))), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(base, address, str(write_sweep(base, name))),
+        env=OPEN,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         driver.wait(after_s)
@@ -132,7 +159,9 @@ def killed(base: Path, name: str, address: str, after_s: float, wanted: dict[str
 
 
 def resumed(base: Path, name: str, address: str) -> str:
-    done = subprocess.run(command(base, address, "--resume", name), check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        command(base, address, "--resume", name), env=OPEN, check=False, capture_output=True, text=True
+    )
     return "resumed" if done.returncode in (0, 3) else f"status {done.returncode}: {done.stderr[-500:]}"
 
 
@@ -147,7 +176,8 @@ def begun_again(base: Path, name: str, address: str, folder: SweepFolder) -> str
 def outcome(base: Path, name: str) -> dict[str, Any]:
     """The finished trials and the winner."""
     result = read_result(base / "workspace" / "sweeps" / name / "result.json")
-    assert result is not None
+    if result is None:
+        return {"finished": [], "winner": None}
     winner = result.winner and [result.winner.trial, result.winner.alpha]
     finished = sorted(trial.name for trial in result.trials if trial.state == "finished")
     return {"finished": finished, "winner": winner}
@@ -164,30 +194,35 @@ print(json.dumps({{"placement_groups": len(groups), "cpus_held": round(held["CPU
 
 
 def leftovers(address: str) -> dict[str, Any]:
-    """Placement groups, claimed processors and trial processes that are still there after PATIENCE_S."""
+    """Placement groups, claimed processors and working processes that are still there after PATIENCE_S."""
     deadline = time.monotonic() + PATIENCE_S
     found: dict[str, Any] = {}
     while time.monotonic() < deadline:
         done = subprocess.run(
-            [sys.executable, "-c", _LOOK.format(address=address)], check=True, capture_output=True, text=True
+            [sys.executable, "-c", _LOOK.format(address=address)], env=OPEN, check=True, capture_output=True, text=True
         )
-        found = {**json.loads(done.stdout.strip().splitlines()[-1]), "processes": trial_processes()}
+        found = {**json.loads(done.stdout.strip().splitlines()[-1]), "processes": working_processes(address)}
         if not any(found.values()):
             return found
         time.sleep(1)
     return found
 
 
-def trial_processes() -> int:
-    """Processes that are named after a trial's actor."""
-    count = 0
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                count += b"TrialActor" in (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-    return count
+def working_processes(address: str) -> int:
+    """Processes of a cluster that work on an actor or a task; Ray's own, and those that wait for work, are none."""
+    found = 0
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(psutil.NoSuchProcess):
+            name = " ".join(process.info["cmdline"] or ())
+            works = name.startswith("ray::") and not name.startswith("ray::IDLE") and "Agent" not in name
+            found += works and any(belongs(parent.cmdline(), address) for parent in process.parents())
+    return found
+
+
+def belongs(cmdline: list[str], address: str) -> bool:
+    """Whether a process is the node of a cluster, which Ray calls by the machine's own address."""
+    port = address.rpartition(":")[2]
+    return any(part.startswith("--gcs-address=") and part.endswith(f":{port}") for part in cmdline)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,9 @@ class TrialActor(Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         """Train and score one rung; what it came to, or that the trial is over."""
-        record = self.bench.folder.read(self.job.name)
-        if record is not None:  # its process died between its record and its last word
-            return self._again(record.trial)
+        ended = self._ended()
+        if ended is not None:  # its process died between its record and its last word
+            return self._again(ended)
         while True:
             try:
                 return self._rung()
@@ -71,21 +71,29 @@ class TrialActor(Trainable):  # type: ignore[misc]
                 if not again:
                     return self._failed(error)
 
+    def _ended(self) -> Trial | None:
+        """The trial where it has its record, or has come to the end of its generation."""
+        folder, name = self.bench.folder, self.job.name
+        record, noted = folder.read(name), folder.noted(name)
+        if record is None and noted is not None and self.job.generation in folder.noted_curve(name):
+            return noted[0]
+        return record.trial if record else None
+
     def _rung(self) -> dict[str, Any]:
         if self.trial is None:
             self.trial = TrialRun.start(self.bench, self.job, self.micro)
         trial, rung = self.trial, self.rung
         measures = trial.advance(rung)
         self.rung += 1
-        done = rung == self.last
+        is_member = self.job.generation is not None  # of a population, whose losers take over from winners
+        done = is_member or rung == self.last
         lost = None if done else hopeless(trial.spec, self.bench.sweep, measures)
         if lost:
             told = trial.trial("stopped", rung, lost)
             self.bench.folder.write(Record(trial=told, timings=trial.timings))
             trial.track(told)
-        elif self.job.generation is not None and not done:
-            trial.hand_over(rung)
-            done = True
+        if is_member:
+            trial.close()
         return self._told(rung, measures, trial, done or bool(lost))
 
     def _told(self, rung: int, measures: Measures, trial: TrialRun, done: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from sweeps.finals import finish
 from sweeps.folder import SweepFolder, find_sweep, new_folder
 from sweeps.gather import gather
-from sweeps.population import evolved, first, read_population, trained, write_population
+from sweeps.population import Population, evolved, first, read_population, trained, write_population
 from sweeps.preparing import plan_strategies, settle, share
 from sweeps.presets import amounts, strategies
 from sweeps.pricing import claims, needs
@@ -24,7 +24,7 @@ from sweeps.space import Setting, draw, settings
 from sweeps.spec import SweepSpec
 from sweeps.steering import resource
 from sweeps.tracking import log_sweep
-from sweeps.trial import TrialJob
+from sweeps.trial import TrialJob, forget_generations
 from sweeps.watch import Budgeted, Watch, amount_spent, over, spent
 from training.errors import fail
 from training.faults import output_to
@@ -163,26 +163,37 @@ def try_jobs(
 
 def _evolve(sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, watch: Watch) -> None:
     """Train a population generation by generation, until the last or until the budget is spent."""
-    population = read_population(folder) or first(sweep)
-    while True:
+    population: Population | None = read_population(folder) or first(sweep)
+    while population is not None:
         write_population(folder, population)
-        generation, members = population.generation, population.members
-        known = trained(folder, members, generation)
-        jobs = [
-            TrialJob(m.name, m.strategy, m.values, sweep.run.training.seed, generation=generation, parent=m.parent)
-            for m in members
-            if m.name not in known
-        ]
-        try_jobs(jobs, sweep, folder, workspace, watch)
-        scores = trained(folder, members, generation)
-        if generation == amounts(sweep).rungs - 1 or not scores:
-            return
-        bound = over(sweep, amount_spent(folder, scores))
-        if bound:
-            for name in scores:
-                watch.close(name, "stopped", bound)
-            return
-        population = evolved(sweep, population, scores)
+        _train_generation(population, sweep, folder, workspace, watch)
+        population = _next(population, sweep, folder, watch)
+    for member in first(sweep).members:
+        forget_generations(folder.run_of(workspace, member.name))
+
+
+def _train_generation(
+    population: Population, sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, watch: Watch
+) -> None:
+    generation = population.generation
+    known = trained(folder, population.members, generation)
+    jobs = [
+        TrialJob(m.name, m.strategy, m.values, sweep.run.training.seed, generation=generation, parent=m.parent)
+        for m in population.members
+        if m.name not in known
+    ]
+    try_jobs(jobs, sweep, folder, workspace, watch)
+
+
+def _next(population: Population, sweep: SweepSpec, folder: SweepFolder, watch: Watch) -> Population | None:
+    """The next generation; None after the last, when none is left, and when the budget is spent."""
+    scores = trained(folder, population.members, population.generation)
+    if population.generation == amounts(sweep).rungs - 1 or not scores:
+        return None
+    bound = over(sweep, amount_spent(folder, scores))
+    for name in scores if bound else ():
+        watch.close(name, "stopped", str(bound))
+    return None if bound else evolved(sweep, population, scores)
 
 
 def _ask_optuna(sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, watch: Watch) -> None:

@@ -128,6 +128,14 @@ class SweepFolder:
         told = read_json(self._noted(trial))
         return Trial.model_validate({key: value for key, value in told.items() if key != "timings"}), told["timings"]
 
+    def under_way(self) -> Iterator[Trial]:
+        """Trials that have come to a rung's end and have not ended, as they were noted last."""
+        for file in sorted(self.trials.glob("*.rungs.json")):
+            name = file.name.removesuffix(".rungs.json")
+            noted = self.noted(name) if self.read(name) is None else None
+            if noted:
+                yield noted[0]
+
     def noted_curve(self, trial: str) -> dict[int, float | None]:
         """The scores of a trial at the rungs that it has come to, its record among them."""
         record, noted = self.read(trial), self.noted(trial)

@@ -106,6 +106,7 @@ class TrialRun:
             made.worker_job = make_job(spec, plan, prepared, run, decides, aids)
             if not made.is_nested:
                 made.trainer = Trainer.start(Job(**made.worker_job), run, bench.load)
+                made._expect_weights(made.trainer)
         return made
 
     def _remember(self) -> None:
@@ -115,6 +116,13 @@ class TrialRun:
         before, timings = noted
         self.tokens, self.curve, self.timings = before.tokens, list(before.curve), dict(timings)
         self.started -= before.seconds
+
+    def _expect_weights(self, trainer: Trainer) -> None:
+        """Refuse to go on from weights that are not there: training would begin anew, and nobody would know."""
+        generation, parent = self.job.generation, self.job.parent
+        if parent and generation and trainer.step != steps_of(self.bench.sweep, generation - 1, self.plan.steps):
+            what = f"there are no whole weights of '{parent}' from generation {generation - 1}"
+            raise fail(what, str(self.run.checkpoints), "start the sweep again under another name")
 
     @property
     def is_nested(self) -> bool:
@@ -139,6 +147,8 @@ class TrialRun:
         with self._timed("scoring"), self._told():
             card = self._live_card()
             measures = measure(card)
+        if self.job.generation is not None:
+            self._leave_weights(rung)  # before the note: what is noted has weights, whenever the process is killed
         self._note(rung, measures, card)
         return measures
 
@@ -149,13 +159,12 @@ class TrialRun:
         self.tokens = tokens_of(self.spec, self.plan, load_prepared(Path(self.worker_job["prepared"])))
         return self._finished(rung)
 
-    def hand_over(self, rung: int) -> None:
+    def _leave_weights(self, rung: int) -> None:
         """Leave weights and optimizer for the next generation, and forget those of the one before the last."""
         assert self.trainer is not None
         with self._timed("export"), self._told():
             self.trainer.save_to(generation_of(self.run, rung))
             shutil.rmtree(generation_of(self.run, rung - 2), ignore_errors=True)
-        self.close()
 
     def _live_card(self) -> Scorecard:
         """Of the weights that are being trained, in the precision that they are trained in."""
@@ -333,6 +342,13 @@ def artifact_at(run: RunFolder, alpha: float | None) -> Path:
 def generation_of(run: RunFolder, generation: int) -> Path:
     """Where a trial leaves its weights and optimizer at the end of a generation."""
     return run.path / "generations" / str(generation)
+
+
+def forget_generations(run: RunFolder) -> None:
+    """Throw away the weights that a trial's generations left for each other."""
+    shutil.rmtree(run.path / "generations", ignore_errors=True)
+    if run.checkpoints.is_symlink():
+        run.checkpoints.unlink()
 
 
 def take_over(bench: Bench, job: TrialJob, spec: RunSpec, plan: Plan) -> None:

@@ -63,10 +63,10 @@ class Budgeted(Stopper):  # type: ignore[misc]
         before = amount_spent(folder)
         self._sweep, self._started = sweep, time.monotonic()
         self._tokens, self._gpu_hours, self._hours = before.tokens or 0, before.gpu_hours or 0.0, before.hours or 0.0
-        self._live: dict[str, tuple[int, float]] = {}
+        self._live = {trial.name: (trial.tokens, trial.gpu_hours) for trial in folder.under_way()}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        self._live[trial_id] = (result["tokens"], result["gpu_hours"])
+        self._live[result["trial"]] = (result["tokens"], result["gpu_hours"])
         return False
 
     def stop_all(self) -> bool:

@@ -15,6 +15,7 @@ import pytest
 
 from training.evaluation.metrics import product, valid_table
 from training.specfile import load_spec
+from training.strategy import Replay
 from training.suite_spec import Product, ValidTable
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "dfmea"
@@ -84,6 +85,17 @@ def test_the_right_answers_are_right_by_the_metrics(data: Path) -> None:
             assert valid_table(tables, row["dfmea"], "").score == 1.0
             assert product(products, row["dfmea"], "").score == 1.0
     assert all(product(products, row["table"], "").score == 1.0 for row in rows(data / "ratings.jsonl"))
+
+
+def test_the_specs_differ_in_how_they_tune_alone() -> None:
+    """So their scores are of one protocol, and tenure compare takes them."""
+    plain, *others = (load_spec(EXAMPLE / f"{name}.yaml", look_at_files=False) for name in ("spec", "lora", "replay"))
+    tuned = {"name", "tuning", "protections"}
+    for other in others:
+        assert other.model_dump(exclude={*tuned, "training"}) == plain.model_dump(exclude={*tuned, "training"})
+        rates = {"learning_rate"}
+        assert other.training.model_dump(exclude=rates) == plain.training.model_dump(exclude=rates)
+    assert [spec.protection(Replay) is not None for spec in (plain, *others)] == [False, False, True]
 
 
 def test_the_files_are_the_same_every_time(data: Path, tmp_path: Path) -> None:

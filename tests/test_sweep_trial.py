@@ -22,7 +22,7 @@ from sweeps.actor import TrialActor
 from sweeps.folder import SweepFolder
 from sweeps.preparing import share
 from sweeps.spec import Budget
-from sweeps.trial import TrialJob
+from sweeps.trial import TrialJob, forget_generations
 from sweeps.watch import Budgeted, spent
 from training.worker import Trainer
 from training.workspace import Workspace
@@ -45,7 +45,10 @@ def begun(
     path.write_text(yaml.safe_dump({**sweep, "contract": {"max_loss": 100.0}}), encoding="utf-8")
     spec, notes = read_sweep(path, workspace)
     made = driver.begin(spec, path.read_text(encoding="utf-8"), notes, workspace)
-    with mock.patch("cluster.pipeline.run_tasks", lambda compute, jobs, *_: [compute(job) for job in jobs]):
+    with (
+        mock.patch("cluster.scoring.run_tasks", lambda compute, jobs, *_: [compute(job) for job in jobs]),
+        mock.patch("cluster.scoring.num_places", return_value=1),
+    ):
         share(spec, made, workspace, driver.known_settings(spec), Console(quiet=True))
     return made, workspace
 
@@ -146,6 +149,45 @@ def test_a_losing_member_goes_on_from_the_winners_weights(begun: Begun) -> None:
     assert spec["training"]["learning_rate"] == 2e-3
 
 
+def test_what_is_noted_of_a_generation_has_weights_and_is_not_trained_again(begun: Begun) -> None:
+    folder, workspace = begun
+    with changed(begun, search="pbt", budget=Budget(trials=2)):
+        with mock.patch.object(Trainer, "save_to", side_effect=OSError("the disk is full")):
+            assert actor(begun, "torn-off", generation=0).step()["score"] == -1e9
+        assert 0 not in folder.noted_curve("torn-off")
+        told = actor(begun, "twice", generation=0).step()
+        with failing_once(0, AssertionError("it was trained again")):
+            again = actor(begun, "twice", generation=0).step()
+        assert {key: again[key] for key in ("score", "tokens", "done")} == {
+            key: told[key] for key in ("score", "tokens", "done")
+        }
+        forget_generations(workspace.run(f"{folder.id}-twice"))
+        actor(begun, "twice", generation=1, parent="twice").step()
+    record = folder.read("twice")
+    assert record is not None
+    assert "there are no whole weights of 'twice' from generation 0" in str(record.trial.cause)
+
+
+def test_the_budget_counts_members_that_wait_for_their_next_generation(begun: Begun) -> None:
+    folder, _ = begun
+    with changed(begun, search="pbt", budget=Budget(trials=2)):
+        before = sum(trial.tokens for trial in folder.under_way())
+        told = actor(begun, "waiting", generation=0).step()
+    spent_so_far = sum(record.trial.tokens for record in folder.records()) + before + told["tokens"]
+    for bound, ends in ((spent_so_far, True), (spent_so_far + 1, False)):
+        sweep = folder.read_spec().model_copy(update={"budget": Budget(tokens=bound)})
+        assert Budgeted(sweep, folder).stop_all() is ends
+
+
+def test_a_member_of_a_population_that_breaks_the_contract_stays(begun: Begun) -> None:
+    folder, _ = begun
+    strict = folder.read_spec().run.contract.model_copy(update={"max_loss": 1e-6})
+    with changed(begun, contract=strict, stop_at_loss=1.0, search="pbt", budget=Budget(trials=2)):
+        told = actor(begun, "breaker", rate=3e-2, generation=0).step()
+    assert told["score"] < -900
+    assert folder.read("breaker") is None
+
+
 @contextmanager
 def watched_steps(seen: list[int]) -> Iterator[None]:
     real = Trainer.train_step
@@ -167,8 +209,8 @@ def test_a_budget_ends_the_search_with_the_trials_under_way(
     empty = SweepFolder(tmp_path)
     stopper = Budgeted(sweep, empty)
     assert not stopper.stop_all()
-    stopper("trial", {"tokens": used[0] - 1, "gpu_hours": used[1] - 0.1})
+    stopper("id", {"trial": "one", "tokens": used[0] - 1, "gpu_hours": used[1] - 0.1})
     assert not stopper.stop_all()
-    stopper("trial", {"tokens": used[0], "gpu_hours": used[1]})
+    stopper("id", {"trial": "one", "tokens": used[0], "gpu_hours": used[1]})
     assert stopper.stop_all()
     assert spent(sweep, empty) is None
