@@ -25,6 +25,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 CPUS_PER_ENGINE = 1.0
 
 
+# On a CPU a batch of two adapters ends vLLM 0.29's engine (an einsum in its LoRA operations), so they take turns there.
 MAX_LORAS_IN_A_BATCH = 4
 
 
@@ -167,13 +168,13 @@ def _engine_arguments(fleet: Fleet, engine: Engine) -> dict[str, Any]:
     else:
         kwargs["enforce_eager"] = True  # compiling takes longer than a session with a small model gives back
     if engine.max_rank is not None:
-        kwargs |= _lora_arguments(engine.max_rank, fleet.resident_adapters)
+        kwargs |= _lora_arguments(engine.max_rank, fleet.resident_adapters, MAX_LORAS_IN_A_BATCH if fleet.gpus else 1)
     return kwargs
 
 
-def _lora_arguments(max_rank: int, resident: int) -> dict[str, Any]:
+def _lora_arguments(max_rank: int, resident: int, in_a_batch: int) -> dict[str, Any]:
     rank = next(rank for rank in VLLM_RANKS if rank >= max_rank)
-    in_a_batch = min(MAX_LORAS_IN_A_BATCH, resident)
+    in_a_batch = min(in_a_batch, resident)
     return {"enable_lora": True, "max_lora_rank": rank, "max_loras": in_a_batch, "max_cpu_loras": resident}
 
 
