@@ -81,9 +81,13 @@ def check_address(address: str) -> None:
 
 
 def _local(resources: dict[str, float]) -> dict[str, Any]:
-    """A local Ray as large as the machine, and large enough for what is asked (processors may be shared)."""
+    """A Ray of our own, as large as the machine, and large enough for what is asked (processors may be shared).
+
+    Said to be local, or Ray would join one that happens to run here.
+    """
     cpus = max(os.cpu_count() or 1, int(resources.get("CPU", 1)))
-    return {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    size = {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE_BYTES}
+    return {"address": "local", "include_dashboard": False, **size}
 
 
 def _python_path() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,14 +207,9 @@ def _ask_optuna(sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, wat
     if left <= 0 or spent(sweep, folder):
         return
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    fixed = _config(folder, workspace)
     many = sweep.search == "multi-objective"
-
-    def suggest(trial: Any) -> dict[str, Any]:
-        return fixed | {"job": {**asdict(_suggested(sweep, trial)), "whole": False}}
-
     searcher = OptunaSearch(
-        suggest,
+        _Suggest(sweep, _config(folder, workspace)),
         metric=["gain", "retention"] if many else "score",
         mode=["max", "max"] if many else "max",
         sampler=optuna.samplers.TPESampler(seed=sweep.seed, n_startup_trials=len(strategies(sweep))),
@@ -222,6 +217,17 @@ def _ask_optuna(sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, wat
         storage=JournalStorage(JournalFileBackend(str(folder.study))),
     )
     _tune(sweep, folder, watch, {}, scheduler=_scheduler(sweep, folder), samples=left, searcher=searcher)
+
+
+@dataclass(frozen=True)
+class _Suggest:
+    """The configuration of a trial of Optuna's; a class, since Tune writes its searcher down."""
+
+    sweep: SweepSpec
+    fixed: dict[str, Any]
+
+    def __call__(self, trial: Any) -> dict[str, Any]:
+        return self.fixed | {"job": {**asdict(_suggested(self.sweep, trial)), "whole": False}}
 
 
 def _suggested(sweep: SweepSpec, trial: Any) -> TrialJob:

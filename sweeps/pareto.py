@@ -102,6 +102,8 @@ def nominate(points: Sequence[Point], count: int, full_strategy: str | None = No
     the contract is nominated while another one does not. The best plain full tuning comes besides, since gains are told
     as shares of its own.
     """
+    if not count:
+        return []
     best_of_trial: dict[str, Point] = {}
     for point in rank(on_validation(points)):
         best_of_trial.setdefault(point.trial, point)

@@ -47,6 +47,7 @@ def ray_cluster() -> Iterator[None]:
 
     path = ":".join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     ray.init(
+        address="local",
         num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,
