@@ -163,7 +163,11 @@ def no_spec(data: dict[str, Any], folder: Path) -> None:
         (missing_teacher, "objective.teacher: there is no folder /", "give the folder of a saved model"),
         (pairs_alike, "row 1: the chosen and the rejected answer are the same", "remove the row"),
         (pairs_for_sft, "objective sft cannot learn from rows of the form preference", "give completion or messages"),
-        (too_large, "scaling: a worker needs about ", "try training.micro_batch_size below 8, a smaller"),
+        (
+            too_large,
+            "scaling: a worker needs about ",
+            "try training.micro_batch_size below 8, training.gradient_checkpointing: true, a smaller",
+        ),
         (
             too_long,
             "row 1: 48 rows are longer than max_length 31",

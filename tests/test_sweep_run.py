@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from rich.console import Console
@@ -185,32 +181,6 @@ def test_optuna_chooses_settings_and_its_journal_outlives_the_driver(swept: Swep
     rates = {trial.config["training.learning_rate"] for trial in result.trials}
     assert len(rates) == 2
     assert folder.study.is_file()
-
-
-def test_a_trial_whose_process_is_killed_is_begun_again(swept: Swept) -> None:
-    folder = begin_another(swept, name="killed", rungs=1, budget={"trials": 1})
-    killed: list[int] = []
-    watcher = threading.Thread(target=kill_once, args=(folder, killed))
-    watcher.start()
-    result = driver.carry_on(folder, swept[1], QUIET)
-    watcher.join()
-    assert killed
-    assert [(trial.state, trial.attempts) for trial in result.trials] == [("finished", 2)]
-
-
-def kill_once(folder: SweepFolder, killed: list[int]) -> None:
-    """Kill the process that has begun the first trial."""
-    while folder.started("trial-000") is None:
-        time.sleep(0.05)
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if any("TrialActor" in part for part in process.info["cmdline"] or ()) and is_ours(process):
-            killed.append(process.pid)
-            process.kill()
-
-
-def is_ours(process: psutil.Process) -> bool:
-    """Whether a process belongs to the Ray that this one started."""
-    return any(parent.pid == os.getpid() for parent in process.parents())
 
 
 def test_trials_that_wait_for_what_never_comes_end_the_sweep(swept: Swept) -> None:
