@@ -236,7 +236,7 @@ def test_check_plans_all_tasks_and_tells_faults_of_all_their_rows(tmp_path: Path
     path = write_sequence(tmp_path, tiny_model, carry=[REPLAY])
     done = run_tenure(tmp_path, "check", str(path))
     assert done.returncode == 0, done.stderr
-    assert "sequence.yaml: 3 tasks" in done.stdout
+    assert "sequence.yaml: 3 tasks" in " ".join(done.stdout.split())
     assert done.stdout.count("ZeRO stage") == 3
     assert done.stdout.count("\nreplay") == 2
     assert "all tasks  33 steps" in done.stdout  # 3 epochs of 24 rows: 9 steps, then of 8 - 2 new rows a batch: 12
