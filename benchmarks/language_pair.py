@@ -34,11 +34,12 @@ import yaml
 from rich.console import Console
 from torch.nn import functional
 
-from cluster.aids import ready_aids, ready_data
-from cluster.pipeline import hash_training, plan_run, read_spec
+from cluster.pipeline import read_spec
 from cluster.session import ray_session
+from training.aids import ready_aids, ready_data
 from training.data.encoding import Encoded
 from training.data.prepare import load_prepared
+from training.stages import hash_training, plan_run
 from training.tuning import load_base
 from training.worker import Job, Trainer, make_job
 from training.workspace import RunFolder, Workspace

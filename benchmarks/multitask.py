@@ -26,11 +26,12 @@ from torch.nn import functional
 
 from benchmarks.language_pair import alone
 from benchmarks.multitask_data import TASKS, write_tasks
-from cluster.pipeline import hash_training, plan_run, read_spec
+from cluster.pipeline import read_spec
 from training.data.encoding import Encoded
 from training.data.prepare import load_prepared
 from training.fetch import fetch_data, fetch_model
 from training.reporting.curves import read_metrics, task_totals
+from training.stages import hash_training, plan_run
 from training.tuning import load_base
 from training.worker import Job, Trainer, make_job
 from training.workspace import RunFolder, Workspace, read_json

@@ -83,8 +83,8 @@ def alone(folder: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=0, world_size=1)
     with (
         mock.patch("training.fit.run_workers", lambda function, config, *_: function(config)),
-        mock.patch("cluster.scoring.run_tasks", lambda compute, jobs, *_: [compute(job) for job in jobs]),
-        mock.patch("cluster.scoring.num_places", return_value=1),
+        mock.patch("training.evaluation.spread.run_tasks", lambda compute, jobs, *_: [compute(job) for job in jobs]),
+        mock.patch("training.evaluation.spread.num_places", return_value=1),
         mock.patch("cluster.pipeline.ray_session", return_value=nullcontext()),
     ):
         yield

@@ -12,6 +12,7 @@ from rich.text import Text
 from cluster import pipeline
 from cluster.inspecting import tell_leakage
 from cluster.screen import facts
+from training import stages
 from training.data.encoding import Encoded, load_tokenizer, preview
 from training.data.prepare import Faulty, load_prepared
 from training.data.shapes import describe_source
@@ -30,13 +31,13 @@ PREVIEWED = 2
 def show_check(spec_path: Path, workspace: Workspace) -> None:
     """Validate a spec and its data, print the plan and the first examples as the model will see them."""
     spec = pipeline.read_spec(spec_path, workspace)
-    plan, prepared = pipeline.plan_run(spec, workspace)
+    plan, prepared = stages.plan_run(spec, workspace)
     tell_leakage(spec, workspace)
     console = Console(highlight=False)
     console.print(f"[bold green]valid[/]  {spec_path}")
     console.print(plan_table(plan, spec.protection(Replay)))
     tell_lineage(console, spec, workspace)
-    weak = pipeline.known_power(spec, workspace)
+    weak = stages.known_power(spec, workspace)
     if weak is None:
         console.print("what the suites can show is told once the base is scored, when training starts")
     for line in weak or ():

@@ -76,11 +76,12 @@ def train(context: click.Context, spec: Path, address: str | None, run_id: str |
     from cluster.inspecting import tell_leakage
     from cluster.screen import make_screen
     from cluster.session import check_address
+    from training import stages
 
     if address:
         check_address(address)
     read = pipeline.read_spec(spec, context.obj)
-    plan, _ = pipeline.plan_run(read, context.obj)
+    plan, _ = stages.plan_run(read, context.obj)
     tell_leakage(read, context.obj)
     tell_lineage(make_screen(), read, context.obj)
     with pipeline.session(context.obj, address, read.scaling):
@@ -209,6 +210,7 @@ def resume(context: click.Context, run: str, address: str | None, workers: int |
     """Go on with an interrupted RUN, or sequence, from its last whole checkpoint, on other workers if asked."""
     from cluster import pipeline
     from cluster.sequence import resume_sequence
+    from training import stages
     from training.sequences.folder import is_sequence_id
 
     if address and address.startswith("http"):
@@ -224,7 +226,7 @@ def resume(context: click.Context, run: str, address: str | None, workers: int |
         _finish(folder, context.obj)
         return
     pipeline.rescale(folder, context.obj, workers, zero_stage)
-    with pipeline.session(context.obj, address, pipeline.spec_of(folder).scaling):
+    with pipeline.session(context.obj, address, stages.spec_of(folder).scaling):
         _finish(folder, context.obj)
 
 

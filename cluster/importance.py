@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import pipeline
-from cluster.passes import ready_importances
 from cluster.screen import facts
+from training import stages
 from training.errors import fail
 from training.faults import output_to
 from training.protection.importance import TENSORS_FILE, check_importances, read_info
+from training.protection.passes import ready_importances
 from training.strategy import Ewc, Si
 from training.workspace import Workspace
 
@@ -30,7 +31,7 @@ def compute_importances(spec_path: Path, workspace: Workspace, address: str | No
     logs = workspace.root / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with pipeline.session(workspace, address, spec.scaling), output_to(logs / "importance.log"):
-        folders = ready_importances(spec, workspace, logs, pipeline.memory_limit(spec.scaling))
+        folders = ready_importances(spec, workspace, logs, stages.memory_limit(spec.scaling))
     for folder in folders.values():
         print_importance(Path(folder))
 

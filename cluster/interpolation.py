@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster import pipeline
+from training import stages
 from training.data.locations import is_there
 from training.errors import fail
 from training.evaluation.scorecard import read_scorecard
@@ -35,7 +36,7 @@ def interpolate_run(
     """
     for alpha in alphas:
         check_alpha(alpha)
-    spec = pipeline.spec_of(run)
+    spec = stages.spec_of(run)
     tuned = _tuned(run, spec)
     check_interpolable(tuned)
     wanted = sorted(set(alphas or ALPHAS))
@@ -44,7 +45,7 @@ def interpolate_run(
         artifacts = {alpha: _artifact(alpha, run, spec, tuned) for alpha in wanted}
         console.print(f"scoring {len(wanted)} alphas on every suite")
         named = {f"alpha-{alpha!r}": artifact for alpha, artifact in artifacts.items()}
-        cards = pipeline.score_artifacts(run, spec, workspace, named)
+        cards = stages.score_artifacts(run, spec, workspace, named)
         curve = make_curve({alpha: cards[f"alpha-{alpha!r}"] for alpha in wanted}, artifacts, hash_folder(tuned))
         whole = joined(curve, read_curve(run.wise_curve))
         write_json(run.wise_curve, whole.model_dump(mode="json"))

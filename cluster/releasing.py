@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.keys import serving_folder
-from cluster.pipeline import spec_of
 from serving.audit import note_act, this_user
 from serving.client import connect
 from serving.endpoint import TOLERANCES
 from serving.parity import check_parity
 from serving.releases import Release, check_alias, current_release, promote, releases, roll_back
 from training.errors import fail
+from training.stages import spec_of
 from training.workspace import RunFolder, Workspace, read_json
 
 DEFAULT_ALIAS = "production"

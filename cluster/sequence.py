@@ -12,14 +12,15 @@ from rich.table import Table
 
 from cluster import pipeline
 from cluster.checking import plan_table, tell_lineage
-from cluster.passes import importance_of_run
 from cluster.screen import facts, make_screen
+from training import stages
 from training.errors import Problem, TenureError, fail
 from training.evaluation.scorecard import Scorecard, State
 from training.faults import output_to
 from training.lineage import find_base, inherit_suites
 from training.plan import GIB, Plan
 from training.protection.importance import IMPORTANCE_FOLDER
+from training.protection.passes import importance_of_run
 from training.sequences.folder import SequenceFolder, claim_sequence, find_sequence, new_sequence
 from training.sequences.report import print_sequence, write_sequence_report
 from training.sequences.result import SequenceResult, make_result, read_result, write_result
@@ -46,12 +47,12 @@ def plan_sequence(sequence: SequenceSpec, workspace: Workspace) -> list[tuple[Ru
     for index in range(len(sequence.tasks)):
         spec = inherit_suites(step_spec(sequence, index, Before(sequence.model)), workspace)
         try:
-            planned.append((spec, pipeline.plan_run(spec, workspace)[0]))
+            planned.append((spec, stages.plan_run(spec, workspace)[0]))
         except TenureError as error:
             problems += error.problems
     if problems:
         raise TenureError(dict.fromkeys(problems))
-    pipeline.check_disk(workspace, sum(plan.disk_bytes for _, plan in planned), "the sequence")
+    stages.check_disk(workspace, sum(plan.disk_bytes for _, plan in planned), "the sequence")
     return planned
 
 
@@ -209,7 +210,7 @@ def _start(folder: SequenceFolder, sequence: SequenceSpec, index: int, workspace
     with output_to(folder.log):
         spec = step_spec(sequence, index, _before(folder, sequence, index, workspace))
         spec = inherit_suites(spec, workspace)
-        plan, _ = pipeline.plan_run(spec, workspace)
+        plan, _ = stages.plan_run(spec, workspace)
         file = folder.step_yaml(task.name)
         file.parent.mkdir(exist_ok=True)
         given = spec.model_dump(mode="json", exclude_unset=True, exclude_none=True)
@@ -225,7 +226,7 @@ def _before(folder: SequenceFolder, sequence: SequenceSpec, index: int, workspac
     last = _run_of(folder, sequence, index - 1, workspace) if index else None
     if last is None:
         return Before(sequence.model)
-    spec, carried = pipeline.spec_of(last), {one.type for one in sequence.carry}
+    spec, carried = stages.spec_of(last), {one.type for one in sequence.carry}
     importances: dict[str, Path] = {}
     ewc = spec.protection(Ewc)
     if "ewc" in carried and ewc is not None:

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from cluster.pipeline import spec_of
 from cluster.screen import make_screen
 from cluster.session import ray_session
 from serving.client import ask
@@ -28,6 +27,7 @@ from training.evaluation.scorecard import Probe, Scorecard, read_scorecard
 from training.faults import output_to
 from training.spec import RunSpec
 from training.specfile import read_section
+from training.stages import spec_of
 from training.strategy import AnyTuning, is_adapter, is_served_as_adapter, unmergeable
 from training.workspace import MERGED_FOLDER, RunFolder, Workspace, read_json
 

@@ -20,6 +20,7 @@ from sweeps.pricing import price_of
 from sweeps.report import print_sweep
 from sweeps.result import SweepResult, read_result
 from sweeps.spec import SweepSpec
+from training import stages
 from training.errors import TenureError, fail
 from training.evaluation.presets import add_presets
 from training.evaluation.scorecard import read_scorecard
@@ -111,7 +112,7 @@ def promote_sweep(name: str, workspace: Workspace) -> RunFolder:
         settle_on(run, result.winner.alpha)
     card = read_scorecard(run.scorecard)
     registered_artifact(run, card)
-    registered = register(workspace, run, pipeline.spec_of(run), card)
+    registered = register(workspace, run, stages.spec_of(run), card)
     write_json(run.registration, asdict(registered))
     make_screen().print(f"registered {registered.name} version {registered.version} from run {run.id}")
     return run
@@ -127,7 +128,7 @@ def settle_on(run: RunFolder, alpha: float) -> None:
 
     if run.tuned.is_dir():
         return
-    spec = pipeline.spec_of(run)
+    spec = stages.spec_of(run)
     made = interpolate(Path(spec.model), run.artifact, alpha, run.path / "chosen")
     card = read_scorecard(card_file(run, alpha)).model_copy(update={"artifact_hash": hash_folder(made)})
     run.artifact.rename(run.tuned)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster.pipeline import protocol_key
 from sweeps.folder import Shared, SweepFolder
 from sweeps.spec import SweepSpec
 from training import tuning
@@ -25,6 +24,7 @@ from training.evaluation.scorecard import Probe, Scorecard
 from training.interpolate import mixed, scaled
 from training.models import hash_folder
 from training.spec import RunSpec
+from training.stages import protocol_key
 from training.strategy import AnyTuning, Lora, is_adapter
 from training.workspace import Workspace
 

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 import yaml
 from rich.console import Console
 
-from cluster import pipeline
 from sweeps.folder import SweepFolder
 from sweeps.gather import gather
 from sweeps.measures import pool
@@ -18,6 +17,7 @@ from sweeps.result import Finalist, Point, Split, SweepResult, Winner, write_res
 from sweeps.spec import SweepSpec
 from sweeps.trial import TrialJob, artifact_at, card_file
 from sweeps.watch import Watch
+from training import stages
 from training.evaluation.scorecard import Scorecard, read_scorecard
 from training.spec import RunSpec
 from training.workspace import RunFolder, Workspace, read_json, write_json
@@ -154,15 +154,15 @@ def _test_card(
 ) -> Scorecard:
     """The scorecard of a trial's artifact on the test suites, scored in a process of its own as any run's."""
     run = folder.run_of(workspace, name)
-    spec = pipeline.spec_of(run).model_copy(update={"suites": folder.read_shared().test})
-    cards = pipeline.score_artifacts(run, spec, workspace, {"test": artifact_at(run, alpha)})
+    spec = stages.spec_of(run).model_copy(update={"suites": folder.read_shared().test})
+    cards = stages.score_artifacts(run, spec, workspace, {"test": artifact_at(run, alpha)})
     write_json(run.path / "test-scorecard.json", cards["test"].model_dump(mode="json"))
     return cards["test"]
 
 
 def winning_spec(sweep: SweepSpec, run: RunFolder, alpha: float | None) -> str:
     """A run spec in YAML that makes the winner again, on the suites that the base run has."""
-    spec = pipeline.spec_of(run)
+    spec = stages.spec_of(run)
     protections: tuple[dict[str, object], ...] = ()
     if alpha is not None:
         protections = ({"type": "wise", "alpha": alpha},)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from cluster import pipeline
-from cluster.aids import ready_aids, ready_data
 from sweeps.folder import Shared, SweepFolder
 from sweeps.presets import strategies
 from sweeps.space import Setting, draw, run_spec
 from sweeps.spec import SweepSpec
 from sweeps.splitting import split_suites
+from training import stages
+from training.aids import ready_aids, ready_data
 from training.data.prepare import load_prepared
 from training.errors import Problem, raise_all
 from training.evaluation import scoring
@@ -43,7 +43,7 @@ def plan_strategies(sweep: SweepSpec, workspace: Workspace) -> int:
         setting = draw(sweep, number)
         try:
             spec = run_spec(sweep, setting)
-            plan, prepared = pipeline.plan_run(spec, workspace)
+            plan, prepared = stages.plan_run(spec, workspace)
             tokens.append(sweep.tokens_per_trial or tokens_of(spec, plan, load_prepared(prepared)))
         except TenureError as error:
             problems += [
@@ -96,12 +96,12 @@ def share(
     check_reachable(specs[0], workspace)
     for spec in specs:
         prepared = ready_data(spec, workspace, console)
-        ready_aids(spec, prepared, workspace, folder.logs, pipeline.memory_limit(spec.scaling))
+        ready_aids(spec, prepared, workspace, folder.logs, stages.memory_limit(spec.scaling))
 
 
 def score_base(spec: RunSpec, folder: SweepFolder, workspace: Workspace) -> None:
     """The base's answers to the suites of a spec, into the cache."""
-    pipeline.check_power(RunFolder(folder.path), spec, workspace)
+    stages.check_power(RunFolder(folder.path), spec, workspace)
 
 
 def check_reachable(spec: RunSpec, workspace: Workspace) -> None:
@@ -110,7 +110,7 @@ def check_reachable(spec: RunSpec, workspace: Workspace) -> None:
     Raises:
         TenureError: with every suite on which it is.
     """
-    cached = scoring.cached_scores(workspace, Path(spec.model), pipeline.protocol_key(spec)[1])
+    cached = scoring.cached_scores(workspace, Path(spec.model), stages.protocol_key(spec)[1])
     answers = scoring.read_scores(cached)[0]
     problems = []
     for suite in spec.suites.target:

@@ -15,15 +15,13 @@ import torch
 import yaml
 from rich.console import Console
 
-from cluster.aids import ready_data
-from cluster.passes import importance_of_run
-from cluster.pipeline import begin_run, hash_training, plan_run, score_artifacts, spec_of
 from sweeps.bench import Bench, hash_at
 from sweeps.folder import Record
 from sweeps.measures import Measures, measure
 from sweeps.result import Point, RungMeasure, Trial
 from sweeps.space import Setting, run_spec
 from sweeps.steering import score_of, steps_of
+from training.aids import ready_data
 from training.data.prepare import Prepared, load_prepared
 from training.errors import TenureError, fail
 from training.evaluation import scoring
@@ -33,7 +31,9 @@ from training.fit import fit
 from training.interpolate import check_interpolable, interpolate
 from training.objective.signals import compute_signals, signal_jobs
 from training.plan import Plan
+from training.protection.passes import importance_of_run
 from training.spec import RunSpec
+from training.stages import begin_run, hash_training, plan_run, score_artifacts, spec_of
 from training.strategy import Ewc, Si, Wise
 from training.worker import Job, Trainer, make_job, make_schedule
 from training.workspace import RunFolder, Workspace, write_json, write_text

@@ -15,13 +15,14 @@ from tiny_spec import write_rows, write_tiny_spec
 from transformers import AutoModelForCausalLM
 
 from cluster import aids
-from cluster.pipeline import plan_run, read_spec
+from cluster.pipeline import read_spec
 from training.data.encoding import load_tokenizer
 from training.data.prepare import load_prepared
 from training.errors import TenureError
 from training.objective import generate
 from training.objective.generate import GenerateJob, Writer, longest_row, read_written, replay_job, write_replay
 from training.spec import RunSpec
+from training.stages import plan_run
 from training.strategy import Generate
 from training.workspace import Workspace
 

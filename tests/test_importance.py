@@ -16,11 +16,12 @@ from tiny import make_tiny_model
 
 from cluster.cli import cli
 from cluster.importance import print_importance
-from cluster.passes import ready_importances
-from cluster.pipeline import plan_run, read_spec
+from cluster.pipeline import read_spec
 from training.errors import TenureError
 from training.models import hash_folder
 from training.protection.importance import INFO_FILE, TENSORS_FILE, open_importance, read_info, write_importance
+from training.protection.passes import ready_importances
+from training.stages import plan_run
 from training.tuning import load_base
 from training.workspace import Workspace
 

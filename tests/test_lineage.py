@@ -12,13 +12,14 @@ from one_command import run_tenure
 from tiny import make_tiny_adapter
 from tiny_spec import sums, write_rows, write_tiny_spec
 
-from cluster.pipeline import hash_spec, plan_run, read_spec, start_run
+from cluster.pipeline import read_spec, start_run
 from serving.registry import register
 from training.errors import TenureError
 from training.evaluation.scorecard import Scorecard, Verdict
 from training.lineage import describe_lineage, find_ancestor, find_base, inherit_suites, run_of_model
 from training.models import hash_folder
 from training.spec import RunSpec
+from training.stages import hash_spec, plan_run
 from training.workspace import LINEAGE_FILE, MERGED_FOLDER, RunFolder, Workspace, read_json, write_json
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from tiny_spec import write_rows, write_tiny_spec
 
-from cluster.scoring import score_jobs
-from cluster.tasks import cpus_each
 from training.evaluation.parts import cost_of, join_parts, split_job
 from training.evaluation.scoring import ScoreJob, base_log_probs, score_model
+from training.evaluation.spread import score_jobs
+from training.processes import cpus_each
 from training.spec import RunSpec, Scaling
 from training.specfile import load_spec
 from training.suite_spec import Harness
@@ -80,8 +80,8 @@ def test_parts_give_the_scores_of_one_process(
         scored.extend(job.suites for job in jobs)
         return [compute(job) for job in jobs]
 
-    monkeypatch.setattr("cluster.scoring.run_tasks", here)
-    monkeypatch.setattr("cluster.scoring.num_places", lambda *_: 2)
+    monkeypatch.setattr("training.evaluation.spread.run_tasks", here)
+    monkeypatch.setattr("training.evaluation.spread.num_places", lambda *_: 2)
     first, second = split_job(split, spec, 2)
     score_model(second)
     score_jobs([split], spec, tmp_path)

@@ -17,7 +17,6 @@ from jobs import STEPS, TUNINGS, JobValues, losses, plan_of, rows_of, run_of, sp
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from cluster.pipeline import plan_run
 from training.checkpoint import _open_shards, latest_checkpoint
 from training.data.batches import Schedule
 from training.data.prepare import load_prepared
@@ -30,6 +29,7 @@ from training.protection.product import ProductPull
 from training.protection.protections import PathIntegral, QuadraticPull
 from training.protection.squares import diagonal_fisher
 from training.spec import RunSpec
+from training.stages import plan_run
 from training.strategy import Ewc, L2sp, Lora, Si
 from training.tuning import apply_tuning, load_base
 from training.worker import Job, Trainer, seed_everything

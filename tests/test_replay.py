@@ -26,8 +26,8 @@ from rich.console import Console
 from tiny_spec import write_rows, write_tiny_spec
 from torch.nn import functional
 
-from cluster.aids import ready_data
-from cluster.pipeline import plan_run, read_spec
+from cluster.pipeline import read_spec
+from training.aids import ready_data
 from training.data.batches import Schedule, micro_batches, share
 from training.data.encoding import Encoded
 from training.data.prepare import TOLD, Prepared, load_prepared, prepare
@@ -36,6 +36,7 @@ from training.errors import TenureError
 from training.plan import describe_replay
 from training.reporting.curves import cost_rows, read_metrics
 from training.specfile import load_spec
+from training.stages import plan_run
 from training.tuning import apply_tuning, load_base
 from training.worker import seed_everything
 from training.workspace import Workspace, read_json

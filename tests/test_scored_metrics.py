@@ -16,6 +16,7 @@ from tiny_spec import SENTENCES, write_rows, write_tiny_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import pipeline
+from training import stages
 from training.data.items import Answered
 from training.evaluation.judge import build_scorecard
 from training.evaluation.scorecard import Probe
@@ -155,13 +156,13 @@ def test_a_second_run_costs_no_base_model_work(scored: Scored, tmp_path: Path, m
             base_log_probs(Path(job.target)).touch()
         return [1.0] * len(wanted)
 
-    monkeypatch.setattr("cluster.scoring.run_tasks", run_tasks)
-    monkeypatch.setattr("cluster.scoring.num_places", lambda *_: 1)
+    monkeypatch.setattr("training.evaluation.spread.run_tasks", run_tasks)
+    monkeypatch.setattr("training.evaluation.spread.num_places", lambda *_: 1)
     for number in (1, 2):
         run = RunFolder(workspace.runs / f"tiny-{number}")
         run.artifact.mkdir(parents=True)
         (run.artifact / "adapter_model.safetensors").write_text(f"of run {number}")
-        pipeline.check_power(run, scored.spec, workspace)
+        stages.check_power(run, scored.spec, workspace)
         pipeline.score_run(run, scored.spec, workspace)
     assert [wave for wave in jobs if wave] == [["score-base"], ["score-tuned"], ["score-tuned"]]
 

@@ -67,8 +67,8 @@ def here(one_process: None) -> Iterator[pytest.MonkeyPatch]:
     """Workers, scoring and Ray's session are this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.fit.run_workers", lambda function, config, *_: function(config))
-        patch.setattr("cluster.scoring.num_places", lambda *_: 1)
-        for module in ("cluster.scoring", "cluster.aids"):
+        patch.setattr("training.evaluation.spread.num_places", lambda *_: 1)
+        for module in ("training.evaluation.spread", "training.aids"):
             patch.setattr(f"{module}.run_tasks", lambda compute, jobs, *_: [compute(job) for job in jobs])
         patch.setattr("cluster.pipeline.ray_session", lambda *_: nullcontext())
         yield patch

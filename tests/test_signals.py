@@ -14,8 +14,8 @@ from plain import target_logits
 from safetensors.torch import load_file
 from tiny_spec import write_rows, write_tiny_spec
 
-from cluster.aids import ready_signals
 from cluster.pipeline import read_spec
+from training.aids import ready_signals
 from training.data.encoding import Encoded
 from training.data.prepare import Prepared, load_prepared, prepare
 from training.errors import TenureError

@@ -46,8 +46,8 @@ def begun(
     spec, notes = read_sweep(path, workspace)
     made = driver.begin(spec, path.read_text(encoding="utf-8"), notes, workspace)
     with (
-        mock.patch("cluster.scoring.run_tasks", lambda compute, jobs, *_: [compute(job) for job in jobs]),
-        mock.patch("cluster.scoring.num_places", return_value=1),
+        mock.patch("training.evaluation.spread.run_tasks", lambda compute, jobs, *_: [compute(job) for job in jobs]),
+        mock.patch("training.evaluation.spread.num_places", return_value=1),
     ):
         share(spec, made, workspace, driver.known_settings(spec), Console(quiet=True))
     return made, workspace

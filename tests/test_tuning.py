@@ -29,7 +29,6 @@ from pydantic import TypeAdapter
 from tiny_spec import write_tiny_spec
 from transformers import AutoModelForCausalLM
 
-from cluster.pipeline import hash_spec
 from cluster.serving import served_form
 from training.data.encoding import Encoded
 from training.errors import TenureError
@@ -37,6 +36,7 @@ from training.evaluation.scoring import ScoreJob, read_scores, score_model
 from training.peft_methods import REFUSED_METHODS, UNMERGEABLE, method_names
 from training.spec import RunSpec
 from training.specfile import load_spec
+from training.stages import hash_spec
 from training.strategy import (
     Lora,
     Tuning,

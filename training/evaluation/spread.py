@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.tasks import num_places, run_tasks
 from training.evaluation.parts import join_parts, split_job
 from training.evaluation.scoring import ScoreJob, score_model
+from training.processes import num_places, run_tasks
 from training.spec import RunSpec
 
 

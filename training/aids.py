@@ -9,10 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.passes import ready_importances
-from cluster.tasks import run_tasks
 from training.data.prepare import load_prepared, prepare
 from training.objective.generate import replay_job, write_replay
+from training.processes import run_tasks
+from training.protection.passes import ready_importances
 from training.spec import RunSpec
 from training.strategy import Replay
 from training.workspace import Workspace, read_json
