@@ -36,7 +36,7 @@ from training.spec import RunSpec
 from training.stages import begin_run, hash_training, plan_run, score_artifacts, spec_of
 from training.strategy import Ewc, Si, Wise
 from training.worker import Job, Trainer, make_job, make_schedule
-from training.workspace import RunFolder, Workspace, write_json, write_text
+from training.workspace import RunFolder, Workspace, read_json, write_json, write_text
 
 MOST_ATTEMPTS = 3
 
@@ -79,7 +79,7 @@ class TrialRun:
         """A fresh run folder with its plan; what an interrupted attempt left is thrown away.
 
         Args:
-            micro: the micro-batch to take instead of the spec's.
+            micro: the micro-batch to take instead of the spec's, or of the generation's before.
         """
         started = time.monotonic()
         attempts = bench.folder.start(job.name, asdict(job))
@@ -88,7 +88,7 @@ class TrialRun:
             forget(bench, run)
             run.path.mkdir(parents=True)
         with output_to(run.logs / "trial.log"):
-            spec, plan, prepared = settled(bench, job, micro)
+            spec, plan, prepared = settled(bench, job, micro or micro_before(bench, job))
             given = spec.model_dump(mode="json", exclude_none=True)
             write_text(run.spec_yaml, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
             if job.parent:
@@ -349,6 +349,13 @@ def forget_generations(run: RunFolder) -> None:
     shutil.rmtree(run.path / "generations", ignore_errors=True)
     if run.checkpoints.is_symlink():
         run.checkpoints.unlink()
+
+
+def micro_before(bench: Bench, job: TrialJob) -> int | None:
+    """The micro-batch of the generation before, smaller than the spec's where memory ran out; None for what begins."""
+    if not job.parent:
+        return None
+    return Plan(**read_json(bench.folder.run_of(bench.workspace, job.parent).plan)).micro_batch_size
 
 
 def take_over(bench: Bench, job: TrialJob, spec: RunSpec, plan: Plan) -> None:

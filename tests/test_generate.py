@@ -14,8 +14,8 @@ from test_replay import faults
 from tiny_spec import write_rows, write_tiny_spec
 from transformers import AutoModelForCausalLM
 
-from cluster import aids
 from cluster.pipeline import read_spec
+from training import aids
 from training.data.encoding import load_tokenizer
 from training.data.prepare import load_prepared
 from training.errors import TenureError

@@ -149,6 +149,26 @@ def test_a_losing_member_goes_on_from_the_winners_weights(begun: Begun) -> None:
     assert spec["training"]["learning_rate"] == 2e-3
 
 
+def test_a_member_that_ran_out_of_memory_keeps_its_smaller_micro_batch(begun: Begun) -> None:
+    folder = begun[0]
+    with changed(begun, search="pbt", budget=Budget(trials=2)):
+        with failing_once(0, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")):
+            actor(begun, "small", generation=0).step()
+        assert micro_and_accumulation(begun, "small") == (4, 2)
+        with failing_once(0, AssertionError("it began anew")):
+            told = actor(begun, "small", generation=1, parent="small").step()
+        assert micro_and_accumulation(begun, "small") == (4, 2)
+    record = folder.read("small")
+    assert record is not None
+    assert (told["done"], record.trial.state) == (True, "finished")
+
+
+def micro_and_accumulation(begun: Begun, name: str) -> tuple[int, int]:
+    folder, workspace = begun
+    plan = json.loads(workspace.run(f"{folder.id}-{name}").plan.read_text(encoding="utf-8"))
+    return plan["micro_batch_size"], plan["accumulation_steps"]
+
+
 def test_what_is_noted_of_a_generation_has_weights_and_is_not_trained_again(begun: Begun) -> None:
     folder, workspace = begun
     with changed(begun, search="pbt", budget=Budget(trials=2)):
