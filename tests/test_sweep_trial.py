@@ -17,17 +17,19 @@ from rich.console import Console
 from tiny_spec import sums, write_rows, write_tiny_spec
 
 from cluster.passes import importance_of_run
+from cluster.pipeline import protocol_key
 from cluster.sweep import read_sweep
 from sweeps import driver
 from sweeps.actor import TrialActor
 from sweeps.bench import Bench
 from sweeps.folder import SweepFolder
-from sweeps.preparing import share
+from sweeps.preparing import check_reachable, share
 from sweeps.spec import Budget
 from sweeps.trial import TrialJob, forget_generations, ready_here, trial_spec
 from sweeps.watch import Budgeted, spent
 from training.data.prepare import prepare
 from training.errors import TenureError
+from training.evaluation.metrics import NATS
 from training.section import Source
 from training.strategy import Ewc
 from training.worker import Trainer
@@ -239,3 +241,17 @@ def test_every_seed_uses_the_importance_computed_before_the_trials(begun: Begun)
     seeded = spec.model_copy(update={"training": spec.training.model_copy(update={"seed": 7})})
     assert importance_of_run(ewc, seeded, workspace) != computed
     assert ready_here(seeded, prepared, bench, folder.logs) == {"ewc": str(computed)}
+
+
+def test_retention_that_nothing_can_show_is_refused_before_the_trials(begun: Begun) -> None:
+    """The tiny base is right on no item: shares alone would show nothing; a cross-entropy does."""
+    folder, workspace = begun
+    spec = trial_spec(Bench.open(str(workspace.root), str(folder.path)), TrialJob("power", "full", {}, 0))
+    check_reachable(spec, workspace)
+    assert all(suite.metric not in NATS for suite in spec.suites.target)
+    hopeless = spec.model_copy(update={"suites": spec.suites.model_copy(update={"retention": spec.suites.target})})
+    with (
+        mock.patch("sweeps.preparing.pipeline.protocol_key", return_value=protocol_key(spec)),
+        pytest.raises(TenureError, match="no retention suite has a base above chance"),
+    ):
+        check_reachable(hopeless, workspace)
