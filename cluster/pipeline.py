@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster.aids import describe_aids, ready_aids, ready_data
-from cluster.attempts import Hands, room_for, train_to_the_end
 from cluster.scoring import score_jobs
 from cluster.screen import progress
 from cluster.session import needs, ray_session
+from training.attempts import Hands, room_for, train_to_the_end
 from training.data.prepare import load_prepared, prepare
 from training.errors import Problem, TenureError, fail, raise_all
 from training.evaluation.presets import add_presets

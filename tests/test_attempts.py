@@ -11,8 +11,8 @@ import pytest
 from pydantic import ValidationError
 from tiny_spec import write_tiny_spec
 
-from cluster import attempts
-from cluster.attempts import Hands, train_to_the_end
+from training import attempts
+from training.attempts import Hands, train_to_the_end
 from training.errors import Left, OutOfMemory, Problem, StorageFault, TenureError, WorkerLost
 from training.events import read_events
 from training.plan import Plan

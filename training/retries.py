@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from training.errors import OutOfMemory, StorageFault, TenureError, WorkerLost
@@ -44,6 +45,12 @@ def smaller_micro_batch(spec: RunSpec, plan: Plan) -> int | None:
         return plan.micro_batch_size // 2
     share = plan.global_batch_size // plan.workers
     return max(rows for rows in range(1, plan.micro_batch_size) if share % rows == 0)
+
+
+def with_micro_batch(plan: Plan, micro: int) -> Plan:
+    """A plan whose steps go through the same rows in micro-batches of another size."""
+    rows = plan.accumulation_steps * plan.micro_batch_size
+    return replace(plan, micro_batch_size=micro, accumulation_steps=-(-rows // micro))
 
 
 def worker_counts(spec: RunSpec) -> list[int]:
