@@ -13,8 +13,9 @@ from tiny_spec import write_tiny_spec
 from cluster.cli import cli
 from cluster.machines import GIB, Gpu, Node, describe, nodes_of
 from cluster.pipeline import read_spec
-from cluster.planning import advice, choices, flops_per_token, nearest, peak_flops, step_seconds
+from cluster.planning import advice, choices, nearest, step_seconds
 from training.data.prepare import load_prepared, prepare
+from training.flops import flops_per_token, peak_flops
 from training.memory import memory_parts
 from training.models import ModelInfo
 from training.plan import Plan, make_plan

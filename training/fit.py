@@ -50,6 +50,7 @@ def run_workers(
     Raises:
         TenureError: a worker's fault that the user can mend, or the death of a worker.
     """
+    from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -75,6 +76,9 @@ def run_workers(
         trainer.fit()
     except TrainingFailedError as error:
         raise _explain(error, logs, again) from error
+    except RayError as error:
+        lost = Problem(f"Ray Train's controller is gone: {_last_line(error)}", str(logs), f"go on with: {again}")
+        raise WorkerLost(lost) from error
 
 
 def worker_resources(scaling: Scaling) -> dict[str, float]:

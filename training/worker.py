@@ -28,9 +28,11 @@ from training.data.seen import ExampleLog
 from training.data.store import lengths_of, targets_of
 from training.data.task_figures import TaskFigures
 from training.errors import fail
+from training.events import read_events
 from training.faults import explained_at, output_to
+from training.flops import flops_per_token, peak_flops
 from training.interpolate import interpolate
-from training.models import hash_folder
+from training.models import hash_folder, read_model_info
 from training.objective.first_look import expect_apart, fuses_truly
 from training.objective.objectives import Objective, make_objective
 from training.objective.weighing import weigh
@@ -41,6 +43,7 @@ from training.protection.layout import Layout
 from training.saving import Keep, Saver
 from training.spec import RunSpec, Training
 from training.strategy import AnyTuning, Si, Wise, is_adapter
+from training.telemetry import Telemetry
 from training.watch import Watch, stacks_file
 from training.workspace import RunFolder
 
@@ -88,6 +91,7 @@ class Trainer:
     initial: dict[str, torch.Tensor]
     saver: Saver
     watch: Watch
+    telemetry: Telemetry
     step: int = 0
     seen: ExampleLog | None = None
     leaves: bool = False
@@ -139,6 +143,7 @@ class Trainer:
             initial=initial,
             saver=make_saver(spec.training, folder, job.spec_hash),
             watch=Watch(spec.scaling.hang_after_s, stacks_file(folder.logs, dist.get_rank())),
+            telemetry=make_telemetry(spec, plan, folder),
         )
         if plan.row_tokens:
             expect_apart(engine, trainer.objective.head)
@@ -257,6 +262,7 @@ class Trainer:
         figures = torch.zeros(3 + len(self.objective.names) + len(self.tasks), device=self.engine.device)
         figures[-2], figures[-1] = self._is_asked_to_leave(), self.saver.is_written
         own = share(batches, dist.get_rank(), self.plan.workers)
+        gathered = time.monotonic() - started
         for batch in own:
             loss = self.objective.loss(self.engine, batch, totals)
             parts = [loss.value.detach(), *(loss.parts[name] for name in self.objective.names)]
@@ -273,7 +279,9 @@ class Trainer:
         self.saver.prepare(self._state)
         if self.seen:
             self.seen.add(self.step, [index for batch in own for index in batch])
-        self._log_step(told, rate, indices, totals.num_targets, time.monotonic() - started)
+        row = self._step_row(told, rate, indices, totals.num_targets, time.monotonic() - started)
+        self._log(row)
+        self.telemetry.tell_step(row, gathered)
 
     def _is_asked_to_leave(self) -> bool:
         return dist.get_rank() == 0 and self.folder.notice.exists()
@@ -288,31 +296,29 @@ class Trainer:
         batch = collate(examples, self.tokenizer.pad_token_id, self.plan.row_tokens > 0)
         return self.objective.head.sum(self.engine, to_device(batch, self.engine.device))
 
-    def _log_step(
+    def _step_row(
         self, figures: list[float], rate: float, indices: list[int], num_targets: int, seconds: float
-    ) -> None:
+    ) -> dict[str, Any]:
         loss, *others = figures
         parts, task_sums = others[: len(self.objective.names)], others[len(self.objective.names) :]
         if not math.isfinite(loss):
             instead = "lower training.learning_rate, or set training.precision: fp32"
             raise fail(f"the loss is not a finite number at step {self.step}", "training", instead)
-        self._log(
-            {
-                "kind": "step",
-                "step": self.step,
-                "loss": loss,
-                **dict(zip(self.objective.names, parts, strict=True)),
-                "learning_rate": rate,
-                "grad_norm": engines.grad_norm(self.engine),
-                "num_target_tokens": num_targets,
-                "num_tokens": int(self.data.lengths[indices].sum()),
-                "num_rows": len(indices),
-                **self._count_replayed(indices),
-                **self.tasks.row(indices, task_sums),
-                "seconds": seconds,
-                "epoch": self.step / self.schedule.steps_per_epoch,
-            }
-        )
+        return {
+            "kind": "step",
+            "step": self.step,
+            "loss": loss,
+            **dict(zip(self.objective.names, parts, strict=True)),
+            "learning_rate": rate,
+            "grad_norm": engines.grad_norm(self.engine),
+            "num_target_tokens": num_targets,
+            "num_tokens": int(self.data.lengths[indices].sum()),
+            "num_rows": len(indices),
+            **self._count_replayed(indices),
+            **self.tasks.row(indices, task_sums),
+            "seconds": seconds,
+            "epoch": self.step / self.schedule.steps_per_epoch,
+        }
 
     def _log_replay(self) -> None:
         """What was replayed over all steps, those before a resume included."""
@@ -354,7 +360,9 @@ class Trainer:
         started = time.monotonic()
         self.watch.progress()
         self.saver.begin(self.step, self._state, self.validation_loss)
-        self._log({"kind": "checkpoint", "step": self.step, "seconds": time.monotonic() - started})
+        waited = time.monotonic() - started
+        self._log({"kind": "checkpoint", "step": self.step, "seconds": waited})
+        self.telemetry.set({"checkpoint_seconds": waited})
 
     def save_to(self, folder: Path) -> None:
         """Write one checkpoint into a folder of its own."""
@@ -372,6 +380,23 @@ def drop_torn_row(metrics: Path) -> None:
     if metrics.is_file():
         whole = metrics.read_bytes().rfind(b"\n") + 1
         os.truncate(metrics, whole)
+
+
+def make_telemetry(spec: RunSpec, plan: Plan, folder: RunFolder) -> Telemetry:
+    """What a worker tells of its steps; of GPUs whose peak is known, what they do of it too."""
+    info, rank = read_model_info(Path(spec.model)), dist.get_rank()
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    longest = plan.row_tokens or spec.training.max_length
+    telemetry = Telemetry(
+        run=folder.id,
+        rank=rank,
+        log=folder.logs / f"worker-{rank}.jsonl",
+        token_flops=flops_per_token(spec, info, longest),
+        peak_flops=peak and peak * dist.get_world_size(),
+    )
+    attempts = sum(event["event"] == "attempt" for event in read_events(folder))
+    telemetry.set({"restarts": max(0, attempts - 1)})
+    return telemetry
 
 
 def make_saver(training: Training, folder: RunFolder, spec_hash: str) -> Saver:
