@@ -32,7 +32,7 @@ from training.workspace import RunFolder, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from commands import Command, last_step  # type: ignore[import-not-found]  # of the tests
-from jobs import LONG, TWO_WORKERS, artifact_weights, write_spec
+from jobs import LONG, TWO_WORKERS, artifact_weights, write_spec  # type: ignore[import-not-found]
 from tiny import make_tiny_model
 
 TITLES = {"worker": "RayTrainWorker", "controller": "TrainController", "raylet": "raylet/raylet", "gcs": "gcs_server"}
@@ -55,10 +55,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         spec = write_run(Path(scratch), 20 * arguments.kills_a_run)
         workspace = Path(scratch) / "workspace"
-        wanted, runs = undisturbed(spec, workspace), []
+        wanted = undisturbed(spec, workspace)
+        runs: list[dict[str, Any]] = []
         while sum(len(one["kills"]) for one in runs) < arguments.kills:
             runs.append(killed(spec, workspace, f"killed-{len(runs)}", draws(draw, arguments.kills_a_run), wanted))
-            told = {"kills": sum(len(one["kills"]) for one in runs), "seed": arguments.seed}
+            told: dict[str, Any] = {"kills": sum(len(one["kills"]) for one in runs), "seed": arguments.seed}
             told |= {name: sum(one[name] for one in runs) for name in ("same_weights", "same_examples")}
             write_json(arguments.out, {**told, "of_runs": len(runs), "runs": runs, **where()})
             print(json.dumps(runs[-1]), flush=True)

@@ -164,6 +164,9 @@ class Evaluation(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
 
 
+Kernels = Literal["auto", "liger", "compile", "none"]
+
+
 class Training(Section):
     """How long, how fast, in what pieces."""
 
@@ -180,6 +183,7 @@ class Training(Section):
     packing: Flag | Literal["auto"] = "auto"
     fused_loss: Flag = True
     gradient_checkpointing: Flag = False
+    kernels: Kernels = "auto"
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: Natural = 0
     validation_items: Natural = 64

@@ -32,6 +32,7 @@ from training.events import read_events
 from training.faults import explained_at, output_to
 from training.flops import flops_per_token, peak_flops
 from training.interpolate import interpolate
+from training.kernels import use_kernels
 from training.models import hash_folder, read_model_info
 from training.objective.first_look import expect_apart, fuses_truly
 from training.objective.objectives import Objective, make_objective
@@ -112,6 +113,7 @@ class Trainer:
         base = load(spec.tuning, Path(spec.model), dtype)
         if plan.row_tokens:
             attend_within(base)
+        print(f"kernels: {use_kernels(base, spec.training.kernels, plan.zero_stage)}", flush=True)
         model = tuning.apply_tuning(base, spec.tuning)
         _expect_trainable(model, plan)
         if spec.training.gradient_checkpointing:

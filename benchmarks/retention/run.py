@@ -139,7 +139,7 @@ def _run(skill: str, model: str, skills: Path, arguments: argparse.Namespace) ->
             "epochs": 2,
             "learning_rate": 1e-4,
             "global_batch_size": 32,
-            "max_length": 256,
+            "max_length": 512,
             "precision": "fp32" if arguments.cpu else "bf16",
             "validate_every_steps": 0,
         },
