@@ -69,11 +69,13 @@ def activation_bytes(spec: RunSpec, info: ModelInfo) -> float:
     """Bytes a token, over all layers, that a forward pass in 16 bits keeps for its backward pass.
 
     Counted in Llama's layers (torch.autograd.graph.saved_tensors_hooks): 21 a hidden unit, or 17 beside a frozen base,
-    whose weights ask for no gradients; and 8 an inner unit of the MLP. Where layers are run again, those of one layer,
-    and the inputs of all.
+    whose weights ask for no gradients; and 8 an inner unit of the MLP. Liger's norms keep their input alone, and its
+    activation what it is made of: 13 and 6. Where layers are run again, those of one layer, and the inputs of all.
     """
     inner = max((max(shape) for shape in info.linear_shapes.values()), default=4 * info.hidden_size)
-    a_layer = (17 if is_adapter(spec.tuning) else 21) * info.hidden_size + 8 * inner
+    has_liger = spec.scaling.gpus_per_worker > 0 and spec.training.kernels in ("auto", "liger")
+    of_hidden, of_inner = (13, 6) if has_liger else (17 if is_adapter(spec.tuning) else 21, 8)
+    a_layer = of_hidden * info.hidden_size + of_inner * inner
     if spec.training.gradient_checkpointing:
         return a_layer + 2 * info.num_layers * info.hidden_size
     return info.num_layers * a_layer
