@@ -20,12 +20,13 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(spec: RunSpec, info: ModelInfo, longest: int) -> float:
+def flops_per_token(spec: RunSpec, info: ModelInfo, longest: int, made: bool = False) -> float:
     """Operations of a token's forward and backward pass (arXiv 2204.02311, appendix B).
 
     Six a parameter, or four where the base is frozen and only passes gradients on; and attention over half the row.
+    `made` counts those too that are made twice, where layers are run again.
     """
-    a_parameter = 4 if is_adapter(spec.tuning) else 6
+    a_parameter = (4 if is_adapter(spec.tuning) else 6) + (2 if made and spec.training.gradient_checkpointing else 0)
     return a_parameter * info.num_parameters + a_parameter * info.num_layers * info.hidden_size * longest
 
 
