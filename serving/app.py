@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ray import serve
     from ray.serve.llm import LLMConfig
 
+    from serving.listening import Listen
+
 # Every process of the endpoint gets these: nothing is reported, and nothing is fetched from a hub.
 OFFLINE_ENV = {**QUIET, "HF_HUB_OFFLINE": "1"}
 # One GiB of key-value cache is plenty for the small models that a CPU can serve. Without `nobind` every engine pins
@@ -23,6 +25,9 @@ OFFLINE_ENV = {**QUIET, "HF_HUB_OFFLINE": "1"}
 CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 CPUS_PER_ENGINE = 1.0
+# Share of a replica's GPU that Ray's task needs which reads what the GPU can do.
+_ASKED = 0.01
+_HEAD = "node:__internal_head__"  # Ray's name of a resource that the head node alone has
 
 
 # On a CPU a batch of two adapters ends vLLM 0.29's engine (an einsum in its LoRA operations), so they take turns there.
@@ -54,36 +59,36 @@ class ServedModels:
         return Fleet(engines, gpus=self.gpus, max_model_len=self.max_model_len)
 
 
-def build_application(fleet: Fleet, access: Access) -> serve.Application:
+def build_application(fleet: Fleet, access: Access, listen_at: Listen | None = None) -> serve.Application:
     """An OpenAI-compatible application that answers under the fleet's names.
+
+    It listens by itself, on the head node; without `listen_at` it is asked through Ray's proxy.
 
     Raises:
         TenureError: see check_fleet.
     """
     check_fleet(fleet)
     from ray import serve
-    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
     from ray.llm._internal.serve.core.server.builder import build_llm_deployment
 
-    from serving.adapters import gated_ingress
+    from serving.adapters import Front
 
     catalog = ServingFolder(access.folder).catalog
     configs = [engine_config(fleet, engine, catalog) for engine in fleet.engines]
-    ingress = serve.deployment(gated_ingress(access), **_ingress_options(fleet, access))
-    return ingress.bind(
-        llm_deployments={config.model_id: build_llm_deployment(config) for config in configs},
-        model_cards={config.model_id: to_model_metadata(config.model_id, config) for config in configs},
-        folder=str(catalog),
-    )
+    handles = {config.model_id: build_llm_deployment(config) for config in configs}
+    front = serve.deployment(serve.ingress()(Front), **_front_options(fleet, access, listen_at))
+    return front.bind(handles, access, listen_at)
 
 
-def _ingress_options(fleet: Fleet, access: Access) -> dict[str, Any]:
+def _front_options(fleet: Fleet, access: Access, listen_at: Listen | None) -> dict[str, Any]:
     """One replica, since windows of rates and the line of requests live in it."""
     limits = access.limits
+    head = {"resources": {_HEAD: 0.001}} if listen_at is not None else {}
     return {
+        "name": "Front",
         "num_replicas": 1,
         "max_ongoing_requests": 2 * (limits.max_running + limits.max_waiting),
-        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": _env(fleet)}},
+        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": _env(fleet)}, **head},
     }
 
 
@@ -140,7 +145,7 @@ def engine_config(fleet: Fleet, engine: Engine, catalog: Path) -> LLMConfig:
         deployment_config={
             **_replicas(fleet.replicas),
             "max_constructor_retry_count": 1,
-            "ray_actor_options": {"num_cpus": 0.0 if fleet.gpus else CPUS_PER_ENGINE / 2},
+            "ray_actor_options": _actor(fleet),
         },
         runtime_env={"env_vars": _env(fleet)},
         log_engine_metrics=False,
@@ -163,8 +168,8 @@ def _engine_arguments(fleet: Fleet, engine: Engine) -> dict[str, Any]:
         "load_format": "safetensors",
     }
     if fleet.gpus:
-        kwargs["tensor_parallel_size"] = max(1, fleet.gpus // len(fleet.engines))
-        kwargs["gpu_memory_utilization"] = 0.9 * _gpu_share(fleet)
+        kwargs["tensor_parallel_size"] = _gpus_per_engine(fleet)
+        kwargs["gpu_memory_utilization"] = fleet.gpu_memory * _gpu_share(fleet)
     else:
         kwargs["enforce_eager"] = True  # compiling takes longer than a session with a small model gives back
     if engine.max_rank is not None:
@@ -183,10 +188,21 @@ def _gpu_share(fleet: Fleet) -> float:
     return min(1.0, fleet.gpus / len(fleet.engines))
 
 
+def _gpus_per_engine(fleet: Fleet) -> int:
+    return max(1, fleet.gpus // len(fleet.engines))
+
+
+def _actor(fleet: Fleet) -> dict[str, float]:
+    """What Ray sets aside for each replica itself: the GPU, where one is enough and the engine runs beside it."""
+    if not fleet.gpus:
+        return {"num_cpus": CPUS_PER_ENGINE / 2}
+    return {"num_cpus": 0.0, "num_gpus": (1 - _ASKED) * _gpu_share(fleet) if _gpus_per_engine(fleet) == 1 else 0.0}
+
+
 def _bundle(fleet: Fleet) -> dict[str, float]:
     """What Ray sets aside for each engine worker, beside what its replica asks for."""
     if fleet.gpus:
-        return {"CPU": 1.0, "GPU": _gpu_share(fleet)}
+        return {"CPU": 1.0, "GPU": _ASKED * _gpu_share(fleet) if _gpus_per_engine(fleet) == 1 else 1.0}
     return {"CPU": CPUS_PER_ENGINE / 2}
 
 

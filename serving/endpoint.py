@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 from openai import OpenAI
 
@@ -25,6 +25,7 @@ from serving.client import connect, exception_in, told_plainly
 from serving.files import ServingFolder
 from serving.fleet import Fleet
 from serving.keys import KeyStore
+from serving.listening import Listen
 from serving.parity import Difference, Tolerance, check_parity
 from serving.spec import LOOPBACK, Access, Tls
 from training.errors import fail
@@ -111,8 +112,8 @@ def deploy_fleet(
     os.environ.update(OFFLINE_ENV | QUIET_ENV)  # vLLM is imported in this process, too
     CatalogFile(ServingFolder(access.folder).catalog).write(fleet.catalog())
     base_url = f"{'https' if tls else 'http'}://{_name_of(access.host)}:{port}/v1"
-    with _own_key(access, keys, base_url, tls) as secret, _serve(access.host, port, tls, on_progress):
-        _run(fleet, access, on_progress)
+    with _own_key(access, keys, base_url, tls) as secret, _serve(on_progress):
+        _run(fleet, access, _listen_at(access.host, port, tls), on_progress)
         with connect(base_url, secret=secret, certificate=tls.certificate if tls else None) as client:
             _wait(client, fleet, on_progress)
             on_progress("comparing the models with the scored artifacts, token by token")
@@ -156,8 +157,8 @@ def _own_key(access: Access, keys: KeyStore, base_url: str, tls: Tls | None) -> 
 
 
 @contextmanager
-def _serve(host: str, port: int, tls: Tls | None, on_progress: Callable[[str], None]) -> Iterator[None]:
-    """Ray Serve with one HTTP proxy, on the head node."""
+def _serve(on_progress: Callable[[str], None]) -> Iterator[None]:
+    """Ray Serve without a proxy: the endpoint listens by itself."""
     from ray import serve
 
     running = serve.status()
@@ -166,23 +167,22 @@ def _serve(host: str, port: int, tls: Tls | None, on_progress: Callable[[str], N
         raise fail(what, "", "stop the other endpoint first (serve shutdown)")
     on_progress("starting Ray Serve")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    files = {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)} if tls else {}
     try:
         with _importing("serving.adapters"):
-            _start_proxy({"host": host, "port": port, **files})
+            _start()
         yield
     finally:
         serve.shutdown()
 
 
-def _start_proxy(options: dict[str, Any]) -> None:
+def _start() -> None:
     from ray import serve
     from ray.exceptions import RayError
 
     try:
-        serve.start(proxy_location="HeadOnly", http_options=options)
+        serve.start(proxy_location="Disabled")
     except (RayError, TimeoutError) as error:
-        what = f"Ray Serve's proxy did not start: {str(error).splitlines()[0]}"
+        what = f"Ray Serve did not start: {str(error).splitlines()[0]}"
         raise fail(what, "", "try again when the machine has less to do, or see logs/serve of Ray's session") from error
 
 
@@ -204,12 +204,16 @@ def _importing(module: str) -> Iterator[None]:
         root.setLevel(level)
 
 
-def _run(fleet: Fleet, access: Access, on_progress: Callable[[str], None]) -> None:
+def _listen_at(host: str, port: int, tls: Tls | None) -> Listen:
+    return Listen(host, port, tls.certificate, tls.key) if tls else Listen(host, port)
+
+
+def _run(fleet: Fleet, access: Access, listen_at: Listen, on_progress: Callable[[str], None]) -> None:
     from ray import serve
 
     where = f"{fleet.gpus} GPU" if fleet.gpus else "CPU"
     on_progress(f"loading {', '.join(engine.name for engine in fleet.engines)} into vLLM ({where}, {fleet.dtype})")
-    application = build_application(fleet, access)
+    application = build_application(fleet, access, listen_at)
     try:
         serve.run(application, name=APPLICATION, route_prefix="/")
     except RuntimeError as error:

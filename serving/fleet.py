@@ -35,6 +35,8 @@ class Fleet:
     """Longest prompt and answer together, in tokens."""
     replicas: int | Autoscaling = 1
     resident_adapters: int = RESIDENT
+    gpu_memory: float = 0.9
+    """Share of each GPU's memory that its engines fill."""
     trust_remote_code: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
     cards: Mapping[str, dict[str, str]] = field(default_factory=dict)

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,6 +21,7 @@ from training.errors import fail
 
 PREFIX = "tnr"
 DAY_S = 86_400
+_TIDY_EVERY = 500
 Scope = Literal["models", "admin"]
 SCOPES: tuple[Scope, ...] = ("models", "admin")
 _TABLES = """
@@ -84,6 +86,9 @@ class KeyStore:
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._clock = clock
+        self._lock = threading.RLock()
+        self._kept: sqlite3.Connection | None = None
+        self._notes = 0
         if path.is_file():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +163,9 @@ class KeyStore:
                 " completion_tokens = completion_tokens + excluded.completion_tokens",
                 row,
             )
+        self._notes += 1
+        if self._notes % _TIDY_EVERY == 0:
+            threading.Thread(target=self._tidy, daemon=True).start()
 
     def used(self, key: str | None = None) -> list[Use]:
         """What every key, or one, has used, by day and model."""
@@ -180,11 +188,24 @@ class KeyStore:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
+        """The one connection of this object, kept: to close the last one of a file costs tens of milliseconds."""
+        with self._lock:
+            if self._kept is None:
+                self._kept = self._connect()
+            with self._kept:
+                yield self._kept
+
+    def _connect(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self._path, timeout=10, check_same_thread=False)
+        database.row_factory = sqlite3.Row
+        database.execute("PRAGMA synchronous=NORMAL")
+        database.execute("PRAGMA wal_autocheckpoint=0")  # it waits for the disk; see _tidy
+        return database
+
+    def _tidy(self) -> None:
+        """Move what the write-ahead log holds to its place, beside the requests."""
         with closing(sqlite3.connect(self._path, timeout=10)) as database:
-            database.row_factory = sqlite3.Row
-            database.execute("PRAGMA synchronous=NORMAL")
-            with database:
-                yield database
+            database.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
 
 def _key(row: sqlite3.Row) -> Key:

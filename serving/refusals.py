@@ -65,18 +65,25 @@ def refusal_of(error: BaseException) -> Refusal:
     if isinstance(status, int) and 400 <= status < 500:
         said = getattr(error, "message", None) or getattr(error, "detail", None) or str(error)
         return Refusal(status, _one_line(str(said)), _code(status))
-    if type(error).__name__ in UNAVAILABLE:
+    if is_gone(error):
         return retry_later(503, "the model's engine is not available at the moment", "unavailable")
     log.error("a request failed", exc_info=error)
     return Refusal(500, "the server failed to answer; see its log under this request's id", "internal_error")
 
 
-# Names of Ray's exceptions, so that this module needs no Ray.
-UNAVAILABLE = frozenset(
+def is_gone(error: BaseException) -> bool:
+    """Whether an engine's replica died, or cannot be reached."""
+    return any(kind.__name__ in _UNAVAILABLE for kind in type(error).__mro__)
+
+
+# Names of Ray's and of the HTTP client's exceptions, so that this module needs neither.
+_UNAVAILABLE = frozenset(
     {
         "ActorDiedError",
         "ActorUnavailableError",
         "BackPressureError",
+        "ClientConnectionError",
+        "ClientPayloadError",
         "DeploymentUnavailableError",
         "EngineDeadError",
         "RayActorError",
