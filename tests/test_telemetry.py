@@ -13,6 +13,7 @@ from jobs import STEPS, rows_of, run_of, start_job, train_here
 from training import telemetry
 from training.events import log_event
 from training.telemetry import GAUGES, Telemetry
+from training.worker import Job, Trainer
 from training.workspace import RunFolder
 
 DASHBOARD = Path(__file__).resolve().parents[1] / "examples/operating/grafana.json"
@@ -69,6 +70,13 @@ def test_a_run_tells_what_its_metrics_say(
     logged = [json.loads(line) for line in (run_of(job).logs / "worker-0.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged] == [1, 2, 3, 4]
     assert logged[-1]["step_seconds"] == last["seconds"]
+
+
+def test_steps_are_told_outside_of_a_worker(one_process: None, tiny_model: Path, tmp_path: Path) -> None:
+    """As a benchmark makes them, which calls train_step() where there is no folder of logs yet."""
+    job = start_job(tmp_path, tiny_model, zero=1, training=STEPS | {"max_steps": 4, "epochs": 1})
+    Trainer.start(Job(**job), run_of(job)).train_step()
+    assert len((run_of(job).logs / "worker-0.jsonl").read_text().splitlines()) == 1
 
 
 def test_the_share_of_the_peak_follows_from_tokens(tmp_path: Path, gauges: dict[str, Any]) -> None:

@@ -389,6 +389,7 @@ def make_telemetry(spec: RunSpec, plan: Plan, folder: RunFolder) -> Telemetry:
     info, rank = read_model_info(Path(spec.model)), dist.get_rank()
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     longest = plan.row_tokens or spec.training.max_length
+    folder.logs.mkdir(parents=True, exist_ok=True)
     telemetry = Telemetry(
         run=folder.id,
         rank=rank,

