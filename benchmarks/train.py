@@ -67,6 +67,7 @@ class Work:
     row: int
     keys: dict[str, Any]
     recompute: bool
+    zero_stage: int | str
     profile: Path | None = None
 
     @property
@@ -174,7 +175,7 @@ def tenure_spec(work: Work) -> Path:
         "data": {"train": [{"path": str(rows), **columns}], "allow_overlap": ["none"], "overlong": "truncate"},
         "suites": {"target": [suite]},
         "training": keys | work.keys,
-        "scaling": {"workers": 1, "gpus_per_worker": int(work.gpu)},
+        "scaling": {"workers": 1, "gpus_per_worker": int(work.gpu), "zero_stage": work.zero_stage},
     }
     file = work.folder / "spec.yaml"
     file.write_text(json.dumps(parts))
@@ -466,6 +467,7 @@ def run_apart(arguments: argparse.Namespace, given: list[str]) -> dict[str, Any]
     """One side in a process of its own; None, aloud, where it fails."""
     given += ["--inputs", str(arguments.inputs), "--steps", str(arguments.steps), "--keys", json.dumps(arguments.keys)]
     given += ["--recompute"] if arguments.recompute else []
+    given += ["--zero-stage", json.dumps(arguments.zero_stage)]
     for name in ("batch", "row"):
         given += [f"--{name}", str(getattr(arguments, name))] if getattr(arguments, name) else []
     given += ["--profile", str(arguments.profile)] if arguments.profile and "tenure" in given else []
@@ -491,7 +493,13 @@ def summed_up(
     }
     own = medians.get("tenure", 0.0)
     ratios = {side: own / rate for side, rate in medians.items() if side != "tenure"}
-    return {"keys": arguments.keys, "tokens_per_second": medians, "tenure_over": ratios, "turns": found}
+    return {
+        "keys": arguments.keys,
+        "zero_stage": arguments.zero_stage,
+        "tokens_per_second": medians,
+        "tenure_over": ratios,
+        "turns": found,
+    }
 
 
 def with_flops(result: dict[str, Any], rate: float | None) -> dict[str, Any]:
@@ -528,6 +536,7 @@ def work_of(arguments: argparse.Namespace) -> Work:
         row=arguments.row or (row_of(shape) if lengths == "fixed" else ROW),
         keys=arguments.keys,
         recompute=arguments.recompute,
+        zero_stage=arguments.zero_stage,
         profile=arguments.profile,
     )
 
@@ -546,6 +555,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="examples a step")
     parser.add_argument("--row", type=int, help="tokens of a row")
     parser.add_argument("--keys", type=json.loads, default={}, help="more keys of training, as JSON, for Tenure")
+    parser.add_argument("--zero-stage", type=json.loads, default="auto", help="of Tenure; 1: with DeepSpeed")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing for the peers")
     parser.add_argument("--profile", type=Path, help="where Tenure's kernels of one step are written")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for one side's process")

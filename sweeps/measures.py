@@ -26,6 +26,8 @@ from training.evaluation.stats import FEW_DISCORDANT, is_binary, pooled_interval
 from training.spec import Contract
 
 Interval = tuple[float, float]
+NOTHING_KEPT = "no retention suite has a base above chance, so that nothing shows what is forgotten"
+GIVE_ANOTHER = "give a suite on which the base does well, or one of cross-entropy"
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,7 @@ def _measures(suites: Sequence[SuiteScore], state: State, reasons: tuple[str, ..
     unit = targets[0].unit
     kept = [rho for rho in map(suite_retention, (s for s in suites if s.role == "retention")) if rho is not None]
     if not kept:
-        what = "no retention suite has a base above chance, so that nothing shows what is forgotten"
-        raise fail(what, "suites.retention", "give a suite on which the base does well, or one of cross-entropy")
+        raise fail(NOTHING_KEPT, "suites.retention", GIVE_ANOTHER)
     gains = [_measured(suite.change, *suite.interval) for suite in targets if suite.unit == unit]
     return Measures(
         gain=mean_of(gains, together),

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from cluster import pipeline
 from cluster.aids import ready_aids, ready_data
 from sweeps.folder import Shared, SweepFolder
+from sweeps.measures import GIVE_ANOTHER, NOTHING_KEPT
 from sweeps.presets import strategies
 from sweeps.space import Setting, draw, run_spec
 from sweeps.spec import SweepSpec
 from sweeps.splitting import split_suites
+from training.data.items import Answered
 from training.data.prepare import load_prepared
 from training.errors import Problem, raise_all
 from training.evaluation import scoring
@@ -37,20 +40,27 @@ def plan_strategies(sweep: SweepSpec, workspace: Workspace) -> int:
     from sweeps.trial import tokens_of
     from training.errors import TenureError
 
-    problems: list[Problem] = []
+    found: dict[Problem, list[str]] = {}
     tokens: list[int] = []
-    for number in range(len(strategies(sweep))):
+    count = len(strategies(sweep))
+    for number in range(count):
         setting = draw(sweep, number)
         try:
             spec = run_spec(sweep, setting)
             plan, prepared = pipeline.plan_run(spec, workspace)
             tokens.append(sweep.tokens_per_trial or tokens_of(spec, plan, load_prepared(prepared)))
         except TenureError as error:
-            problems += [
-                Problem(p.what, f"strategy '{setting.strategy}': {p.where}", p.instead) for p in error.problems
-            ]
-    raise_all(dict.fromkeys(problems))
+            for problem in error.problems:
+                found.setdefault(problem, []).append(f"'{setting.strategy}'")
+    raise_all(Problem(p.what, f"{_these(names, count)}: {p.where}", p.instead) for p, names in found.items())
     return tokens[0]
+
+
+def _these(names: Sequence[str], of: int) -> str:
+    """The strategies that share a fault, each named unless all have it."""
+    if len(names) == of > 1:
+        return "every strategy"
+    return f"{'strategy' if len(names) == 1 else 'strategies'} {', '.join(names)}"
 
 
 def settle(sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, tokens: int, notes: Iterable[str]) -> Shared:
@@ -92,35 +102,49 @@ def share(
     shared = folder.read_shared()
     specs = [run_spec(sweep, setting, name=folder.id, suites=shared.validation) for setting in settings]
     console.print("scoring the base")
-    score_base(specs[0], folder, workspace)
+    for line in score_base(specs[0], folder, workspace):
+        console.print(f"[yellow]weak suite[/] {escape(line)}")
     check_reachable(specs[0], workspace)
     for spec in specs:
         prepared = ready_data(spec, workspace, console)
         ready_aids(spec, prepared, workspace, folder.logs, pipeline.memory_limit(spec.scaling))
 
 
-def score_base(spec: RunSpec, folder: SweepFolder, workspace: Workspace) -> None:
-    """The base's answers to the suites of a spec, into the cache."""
-    pipeline.check_power(RunFolder(folder.path), spec, workspace)
+def score_base(spec: RunSpec, folder: SweepFolder, workspace: Workspace) -> list[str]:
+    """The base's answers to the suites of a spec, into the cache; which suites are weak, in words."""
+    return pipeline.check_power(RunFolder(folder.path), spec, workspace)
 
 
 def check_reachable(spec: RunSpec, workspace: Workspace) -> None:
-    """Refuse a contract that nothing can meet: a gain beyond the best score that there is.
+    """Refuse what no trial can do: gain beyond the best score that there is, or show what it forgot.
 
     Raises:
-        TenureError: with every suite on which it is.
+        TenureError: with every suite on which that is so.
     """
     cached = scoring.cached_scores(workspace, Path(spec.model), pipeline.protocol_key(spec)[1])
     answers = scoring.read_scores(cached)[0]
-    problems = []
+    problems = [*_beyond_reach(spec, answers)]
+    if not any(suite.metric in NATS or _above_chance(answers[suite.name]) > 0 for suite in spec.suites.retention):
+        problems.append(Problem(NOTHING_KEPT, "suites.retention", GIVE_ANOTHER))
+    raise_all(problems)
+
+
+def _beyond_reach(spec: RunSpec, answers: Mapping[str, Sequence[Answered]]) -> Iterator[Problem]:
     for suite in spec.suites.target:
-        own = answers[suite.name]
-        base = float(np.average([answer.score for answer in own], weights=[answer.weight for answer in own]))
+        base = _mean([answer.score for answer in answers[suite.name]], answers[suite.name])
         most = base if suite.metric in NATS else 1 - base
         asked = threshold_of(suite, "target", spec.contract)
         if asked > most:
             what = (
                 f"nothing can gain {asked:g} on '{suite.name}': the base has {base:.4f}, so at most {most:.4f} is left"
             )
-            problems.append(Problem(what, "contract: min_gain", f"promise less than {most:.4f}, or give harder items"))
-    raise_all(problems)
+            yield Problem(what, "contract: min_gain", f"promise less than {most:.4f}, or give harder items")
+
+
+def _above_chance(answers: Sequence[Answered]) -> float:
+    """How far a mean score lies above chance."""
+    return _mean([answer.score - answer.chance for answer in answers], answers)
+
+
+def _mean(values: Sequence[float], answers: Sequence[Answered]) -> float:
+    return float(np.average(values, weights=[answer.weight for answer in answers]))

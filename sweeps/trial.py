@@ -421,6 +421,8 @@ def tokens_of(spec: RunSpec, plan: Plan, data: Prepared) -> int:
 def ready_here(spec: RunSpec, prepared: Path, bench: Bench, logs: Path) -> dict[str, str]:
     """The aids of a run: those that trials share lie in the cache; what frozen models say is else computed here.
 
+    An importance is the one computed before the trials, under the sweep's own seed, whatever the run's seed is.
+
     Raises:
         TenureError: an importance is not there.
     """
@@ -430,9 +432,11 @@ def ready_here(spec: RunSpec, prepared: Path, bench: Bench, logs: Path) -> dict[
         if not Path(job.target).is_file():
             compute_signals(job)
     aids = {name: job.target for name, job in jobs.items()}
+    first = spec.training.model_copy(update={"seed": bench.sweep.run.training.seed})
+    shared = spec.model_copy(update={"training": first})
     for protection in spec.protections:
         if isinstance(protection, Ewc | Si):
-            found = importance_of_run(protection, spec, bench.workspace)
+            found = importance_of_run(protection, shared, bench.workspace)
             if found is not None and not found.is_dir():
                 what = f"the importance of {protection.type} is not one of those computed before the trials"
                 raise fail(what, "space", "vary its strength alone, or search: random, which knows all trials ahead")

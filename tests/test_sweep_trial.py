@@ -16,14 +16,22 @@ import yaml
 from rich.console import Console
 from tiny_spec import sums, write_rows, write_tiny_spec
 
+from cluster.passes import importance_of_run
+from cluster.pipeline import protocol_key
 from cluster.sweep import read_sweep
 from sweeps import driver
 from sweeps.actor import TrialActor
+from sweeps.bench import Bench
 from sweeps.folder import SweepFolder
-from sweeps.preparing import share
+from sweeps.preparing import check_reachable, share
 from sweeps.spec import Budget
-from sweeps.trial import TrialJob, forget_generations
+from sweeps.trial import TrialJob, forget_generations, ready_here, trial_spec
 from sweeps.watch import Budgeted, spent
+from training.data.prepare import prepare
+from training.errors import TenureError
+from training.evaluation.metrics import NATS
+from training.section import Source
+from training.strategy import Ewc
 from training.worker import Trainer
 from training.workspace import Workspace
 
@@ -214,3 +222,36 @@ def test_a_budget_ends_the_search_with_the_trials_under_way(
     stopper("id", {"trial": "one", "tokens": used[0], "gpu_hours": used[1]})
     assert stopper.stop_all()
     assert spent(sweep, empty) is None
+
+
+def test_every_seed_uses_the_importance_computed_before_the_trials(begun: Begun) -> None:
+    """A finalist is tried under seeds that nothing was computed for."""
+    folder, workspace = begun
+    bench = Bench.open(str(workspace.root), str(folder.path))
+    job = TrialJob("seed", "full", {"training.learning_rate": 1e-3}, 0)
+    spec = trial_spec(bench, job)
+    ewc = Ewc(strength=1.0, data=(Source.model_validate({"path": spec.data.train[0].path}),))
+    spec = spec.model_copy(update={"protections": (ewc,)})
+    prepared = prepare(spec, workspace)
+    with pytest.raises(TenureError, match="not one of those computed before the trials"):
+        ready_here(spec, prepared, bench, folder.logs)
+    computed = importance_of_run(ewc, spec, workspace)
+    assert computed is not None
+    computed.mkdir(parents=True)
+    seeded = spec.model_copy(update={"training": spec.training.model_copy(update={"seed": 7})})
+    assert importance_of_run(ewc, seeded, workspace) != computed
+    assert ready_here(seeded, prepared, bench, folder.logs) == {"ewc": str(computed)}
+
+
+def test_retention_that_nothing_can_show_is_refused_before_the_trials(begun: Begun) -> None:
+    """The tiny base is right on no item: shares alone would show nothing; a cross-entropy does."""
+    folder, workspace = begun
+    spec = trial_spec(Bench.open(str(workspace.root), str(folder.path)), TrialJob("power", "full", {}, 0))
+    check_reachable(spec, workspace)
+    assert all(suite.metric not in NATS for suite in spec.suites.target)
+    hopeless = spec.model_copy(update={"suites": spec.suites.model_copy(update={"retention": spec.suites.target})})
+    with (
+        mock.patch("sweeps.preparing.pipeline.protocol_key", return_value=protocol_key(spec)),
+        pytest.raises(TenureError, match="no retention suite has a base above chance"),
+    ):
+        check_reachable(hopeless, workspace)

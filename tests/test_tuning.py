@@ -370,7 +370,7 @@ def test_a_base_of_4_bits_goes_with_a_gpu_bitsandbytes_and_zero_up_to_2(monkeypa
 
 
 def test_bf16_at_zero_0_is_refused(tmp_path: Path) -> None:
-    told = refused(tmp_path, {"type": "full"}, training={"precision": "bf16"}, scaling={"zero_stage": 0})
+    told = refused(tmp_path, {"type": "full"}, training={"precision": "bf16"}, scaling={"zero_stage": 0, "workers": 2})
     assert "training.precision: DeepSpeed steps and accumulates in bf16 at ZeRO 0" in told
     assert "scaling.zero_stage: 1 or auto" in told
 

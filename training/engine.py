@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from training.one_worker import OneWorker
 from training.plan import Plan
 from training.protection.onepass import OnePassAdamW
 from training.spec import RunSpec, Training
@@ -67,13 +68,21 @@ def build_optimizer(model: torch.nn.Module, spec: RunSpec) -> torch.optim.Optimi
     slow = [parameter for name, parameter in moving.items() if not fast or ".lora_B." not in name]
     groups = [{"params": slow, RATE_RATIO: 1.0}, {"params": fast, RATE_RATIO: ratio}]
     moved = [group for group in groups if group["params"]]
-    if torch.cuda.is_available() and acts_on_weights(spec.tuning, spec.protections):
+    if torch.cuda.is_available() and (acts_on_weights(spec.tuning, spec.protections) or _in_one_pass(spec)):
         return OnePassAdamW(moved, lr=rate, weight_decay=decay)
     return torch.optim.AdamW(moved, lr=rate, weight_decay=decay, fused=torch.cuda.is_available() or None)
 
 
+def _in_one_pass(spec: RunSpec) -> bool:
+    """Whether OneWorker's step can be one pass; for the few weights of LoRA it does not matter, which has hooks."""
+    alone = spec.scaling.workers == 1 and spec.scaling.zero_stage in ("auto", 0)
+    return alone and spec.training.precision == "bf16" and not isinstance(spec.tuning, Lora)
+
+
 def start_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, spec: RunSpec, plan: Plan) -> Any:
-    """A DeepSpeed engine around the model, over the process group that Ray Train made."""
+    """The engine around the model: DeepSpeed's, over the process group that Ray Train made, or for one worker ours."""
+    if plan.zero_stage == 0 and spec.training.precision == "bf16":
+        return OneWorker(model, optimizer, plan.accumulation_steps, spec.training.max_grad_norm)
     deepspeed = _import_deepspeed()
     config = deepspeed_config(spec, plan)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
@@ -87,7 +96,8 @@ def start_counting_engine(
 ) -> Any:
     """An engine that accumulates `rounds` micro-batches of one example a worker, in fp32, and clips nothing."""
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    config = _config(precision, zero_stage, count, rounds)
+    stage = max(zero_stage, 1) if precision == "bf16" else zero_stage
+    config = _config(precision, stage, count, rounds)
     engine, *_ = _import_deepspeed().initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
     )
@@ -100,7 +110,8 @@ def unclipping(engine: Any, max_grad_norm: float | None) -> Callable[[], torch.T
     def factor() -> torch.Tensor | float:
         if max_grad_norm is None:
             return 1.0
-        norm = engine.optimizer._global_grad_norm  # the engine's own is that of the step before
+        # DeepSpeed's engine knows that of the step before.
+        norm = engine.global_norm if isinstance(engine, OneWorker) else engine.optimizer._global_grad_norm
         return torch.as_tensor((norm + 1e-6) / max_grad_norm).clamp(min=1.0)
 
     return factor

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from training.errors import fail
 from training.models import hash_folder
+from training.one_worker import MASTER
 from training.spec import RunSpec
 from training.strategy import is_adapter, merges_by_itself
 from training.tuning import ADAPTER, load_base
@@ -34,7 +35,7 @@ def gather_masters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     gathered: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            full = safe_get_full_fp32_param(parameter)
+            full = vars(parameter).get(MASTER, safe_get_full_fp32_param(parameter))
             full = parameter.detach() if full is None else full
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             if tuple(full.shape) != shape:

@@ -291,7 +291,8 @@ class RunSpec(Section):
     @field_validator("training")
     @classmethod
     def _bf16_has_masters(cls, value: Training, info: ValidationInfo) -> Training:
-        if value.precision == "bf16" and "scaling" in info.data and info.data["scaling"].zero_stage == 0:
+        scaling = info.data.get("scaling")
+        if value.precision == "bf16" and scaling and scaling.zero_stage == 0 and scaling.workers > 1:
             what = "DeepSpeed steps and accumulates in bf16 at ZeRO 0, where it keeps no fp32 masters"
             raise fault(what, "set scaling.zero_stage: 1 or auto, or precision: fp32", ("precision",))
         return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # A process takes seconds to start: the first chunks are encoded in this one, and most data have no more.
-CHUNKS_ALONE = 5
+CHUNKS_ALONE = 3
 _MOST_PROCESSES = 16
 CHARACTERS_AT_ONCE = 2**24
 
@@ -125,17 +126,22 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretches: Iter
         yield encode_chunk(tokenizer, recipe, stretch)
     following = next(stretches, None)
     if following is not None:
-        yield from _in_processes(recipe, chain([following], stretches), processes)
+        yield from _in_processes(tokenizer, recipe, chain([following], stretches), processes)
 
 
-def _in_processes(recipe: Recipe, stretches: Iterator[list[Example]], processes: int) -> Iterator[Chunk]:
-    """As they are done, in order; no more stretches are read ahead than keep the processes busy."""
+def _in_processes(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretches: Iterator[list[Example]], processes: int
+) -> Iterator[Chunk]:
+    """In order. While all others have work, as while they start, this process encodes, too; what waits is bounded."""
     waiting: deque[Future[Chunk]] = deque()
-    with ProcessPoolExecutor(processes, get_context("spawn"), _one_thread) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _lean) as pool:
         try:
             for stretch in stretches:
-                waiting.append(pool.submit(_encode_there, recipe, stretch))
-                if len(waiting) > 2 * processes:
+                busy = sum(not one.done() for one in waiting) >= 2 * processes
+                waiting.append(
+                    _done(tokenizer, recipe, stretch) if busy else pool.submit(_encode_there, recipe, stretch)
+                )
+                while waiting and (waiting[0].done() or len(waiting) > 4 * processes):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -143,9 +149,16 @@ def _in_processes(recipe: Recipe, stretches: Iterator[list[Example]], processes:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _one_thread() -> None:
-    """There is a process for every processor already."""
+def _done(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretch: list[Example]) -> Future[Chunk]:
+    future: Future[Chunk] = Future()
+    future.set_result(encode_chunk(tokenizer, recipe, stretch))
+    return future
+
+
+def _lean() -> None:
+    """There is a process for every processor already; and encoding needs no torch, whose import takes seconds."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # how Python is told that there is none
 
 
 def _encode_there(recipe: Recipe, stretch: list[Example]) -> Chunk:

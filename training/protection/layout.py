@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from training.one_worker import OneWorker
+
 Sheet = list[torch.Tensor]
 # Elements [start, end) of a whole parameter, flattened: read(name, start, end).
 Reader = Callable[[str, int, int], torch.Tensor]
@@ -48,12 +50,23 @@ class Layout:
     def of_engine(cls, engine: Any) -> Layout:
         """The layout of a DeepSpeed engine in fp32, or in bf16 from ZeRO 1 on."""
         named = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+        if isinstance(engine, OneWorker):
+            return cls._of_one_worker(engine, named)
         stage = engine.zero_optimization_stage()
         if stage == 0:
             return cls.of_parameters(named)
         masters, fragments = (_of_stage_3 if stage == 3 else _of_stages_1_and_2)(engine.optimizer, named)
         shapes = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in named.items()}
         return cls(masters, tuple(fragments), shapes, is_sharded=True)
+
+    @classmethod
+    def _of_one_worker(cls, engine: OneWorker, named: Mapping[str, torch.Tensor]) -> Layout:
+        names = {id(value): name for name, value in named.items()}
+        parts = [
+            Fragment(names[id(value)], shard, start, 0, value.numel()) for value, shard, start in engine.stretches()
+        ]
+        shapes = {name: tuple(value.shape) for name, value in named.items()}
+        return cls(engine.masters, tuple(parts), shapes, is_sharded=False)
 
     @classmethod
     def of_parameters(cls, named: Mapping[str, torch.Tensor]) -> Layout:
@@ -142,6 +155,9 @@ def gather_to_first(layout: Layout, sheet: Sheet) -> dict[str, torch.Tensor]:
 
 def refresh_weights(engine: Any) -> None:
     """Make the weights that the model computes with follow changed masters; every rank calls it."""
+    if isinstance(engine, OneWorker):
+        engine.update_weights()
+        return
     optimizer = engine.optimizer
     stage = engine.zero_optimization_stage()
     if stage in (1, 2):

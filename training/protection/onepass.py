@@ -8,7 +8,7 @@ arithmetic and its order are those of the hooks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,15 @@ class Path:
 
     omega: list[torch.Tensor]
     unclip: Callable[[], torch.Tensor | float]
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What an engine hands over beside a shard: its gradient, a factor for that, and weights that follow the shard."""
+
+    gradient: torch.Tensor
+    factor: torch.Tensor
+    weights: torch.Tensor
 
 
 class OnePassAdamW(torch.optim.AdamW):
@@ -70,14 +79,28 @@ class OnePassAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for theta in group["params"]:
                 if theta.grad is not None:
-                    self._step(theta, group, unclip)
+                    self._step(theta, theta.grad, group, unclip, None)
 
-    def _step(self, theta: torch.Tensor, group: dict[str, Any], unclip: torch.Tensor) -> None:
+    @torch.no_grad()
+    def step_with(self, given: Mapping[torch.Tensor, Given]) -> None:
+        """One step with gradients as an engine has them, in place of those in `grad`."""
+        unclip = torch.as_tensor(self._path[1].unclip() if self._path else 1.0)
+        for group in self.param_groups:
+            for theta in group["params"]:
+                self._step(theta, given[theta].gradient, group, unclip, given[theta])
+
+    def _step(
+        self,
+        theta: torch.Tensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+        unclip: torch.Tensor,
+        given: Given | None,
+    ) -> None:
         state = self._state_of(theta)
         state["step"] += 1
         pulls = [(pull, place(theta)) for place, pull in self._pulls]
         omega = self._path[1].omega[self._path[0](theta)] if self._path else None
-        assert theta.grad is not None
         rates = _rates(group, float(state["step"]))
         first, second = group["betas"]
         run = _compiled(theta.numel() >= _LARGE) if theta.is_cuda else protected_adamw
@@ -93,8 +116,9 @@ class OnePassAdamW(torch.optim.AdamW):
                 for pull, place in pulls
             ]
             path = cut(omega) if omega is not None else None
-            parts = cut(theta), cut(theta.grad), cut(state["exp_avg"]), cut(state["exp_avg_sq"])
-            run(*parts, pulled, path, unclip, rates, (first, second, group["eps"]))
+            parts = cut(theta), cut(grad), cut(state["exp_avg"]), cut(state["exp_avg_sq"])
+            beside = (given.factor, cut(given.weights)) if given else None
+            run(*parts, pulled, path, unclip, rates, (first, second, group["eps"]), beside)
 
     def _state_of(self, theta: torch.Tensor) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = self.state[theta]
@@ -130,6 +154,7 @@ def protected_adamw(
     unclip: torch.Tensor,
     rates: tuple[torch.Tensor, ...],
     betas: tuple[float, float, float],
+    given: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """One step over a flat stretch, in place: coupled pulls, AdamW, proximal pulls, path.
 
@@ -137,9 +162,12 @@ def protected_adamw(
         pulls: anchors, weights, strength and whether it is proximal, of each.
         rates: see `_rates`.
         betas: of the two moments, and epsilon.
+        given: a factor for the gradient, which may be in bf16, and weights in bf16 that become what theta does.
     """
     rate, decay, corrected, root = rates
     first, second, epsilon = betas
+    if given is not None:
+        grad = grad.float() * given[0]
     pulled = grad
     for anchor, weight, strength, is_proximal in pulls:
         if not is_proximal:
@@ -154,6 +182,8 @@ def protected_adamw(
     if omega is not None:
         omega.addcmul_(grad * unclip, theta - new)
     theta.copy_(new)
+    if given is not None:
+        given[1].copy_(new)
 
 
 def _times(weight: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor:
