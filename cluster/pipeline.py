@@ -20,6 +20,7 @@ from cluster.aids import describe_aids, ready_aids, ready_data
 from cluster.scoring import score_jobs
 from cluster.screen import progress
 from cluster.session import needs, ray_session
+from training.attempts import Hands, room_for, train_to_the_end
 from training.data.prepare import load_prepared, prepare
 from training.errors import Problem, TenureError, fail, raise_all
 from training.evaluation.presets import add_presets
@@ -222,6 +223,14 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
     from training.fit import fit
     from training.worker import drop_torn_row, make_job
 
+    def train(plan: Plan, scaling: Scaling) -> None:
+        write_json(run.plan, asdict(plan))
+        fit(make_job(spec, plan, prepared, run, hash_training(spec), aids), scaling, run)
+
+    def replan(workers: int, micro: int | None) -> Plan:
+        amended = _rescaled(spec, {"workers": workers}, {"micro_batch_size": micro} if micro else {})
+        return plan_run(amended, workspace)[0]
+
     drop_torn_row(run.metrics)
     console.print("scoring the base")
     for line in check_power(run, spec, workspace):
@@ -238,7 +247,14 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
     console.print(f"training on {plan.workers} workers, ZeRO {plan.zero_stage}, {plan.steps} steps")
     run.notice.unlink(missing_ok=True)
     with progress(console, run.metrics, plan.steps), asked_by_signal(run):
-        fit(make_job(spec, plan, prepared, run, hash_training(spec), aids), spec.scaling, run)
+        hands = Hands(replan, train, room_for, lambda line: console.print(line, markup=False))
+        train_to_the_end(run, spec, plan, hands)
+
+
+def _rescaled(spec: RunSpec, scaling: dict[str, Any], training: dict[str, Any]) -> RunSpec:
+    """A spec with other values in two sections, not looked at anew."""
+    sections = {"scaling": (spec.scaling, scaling), "training": (spec.training, training)}
+    return spec.model_copy(update={name: old.model_copy(update=new) for name, (old, new) in sections.items()})
 
 
 @contextmanager

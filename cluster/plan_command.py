@@ -67,12 +67,13 @@ def show_plan(path: Path, workspace: object, nodes: list[Node], price: float | N
     console.print(_assumed(spec.scaling.gpus_per_worker > 0, best), soft_wrap=True)
 
 
-_COLUMNS = ("workers", "ZeRO", "micro-batch", "a worker, GiB", "fits", "s/step", "hours", "price")
+_COLUMNS = ("workers", "ZeRO", "micro-batch", "layers", "a worker, GiB", "fits", "s/step", "hours", "price")
 
 
 def _row(choice: Choice) -> tuple[str, ...]:
     fits = "?" if choice.limit_bytes is None else "yes" if choice.fits else "no"
-    sizes = (str(choice.workers), str(choice.zero_stage), str(choice.micro_batch_size))
+    layers = "run again" if choice.recomputes else "kept"
+    sizes = (str(choice.workers), str(choice.zero_stage), str(choice.micro_batch_size), layers)
     return (*sizes, f"{choice.memory.total / GIB:.1f}", fits, *map(_told, (choice.step_s, choice.hours, choice.price)))
 
 
@@ -93,6 +94,6 @@ def _assumed(on_gpus: bool, best: Choice) -> str:
         why = "no GPU of a known kind is there" if on_gpus else "processors differ too much"
         return f"Memory is an estimate. Time is not estimated ({why}): the first steps tell it."
     return (
-        "Memory and time are estimates. Time assumes 44 % of peak for full tuning and 29 % for adapters, measured on "
-        "H100 at 1.2 B and 8 B, one host, full batches; small models and other GPUs reach less."
+        "Memory and time are estimates. Time assumes 44 % of peak for all operations that are made, measured on H100 "
+        "at 1.2 B in full and 8 B by LoRA, one host, full batches; small models and other GPUs reach less."
     )

@@ -10,27 +10,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cluster.machines import GIB, Gpu, Node
+from training.flops import flops_per_token, peak_flops
 from training.memory import MemoryParts, frozen_memory, memory_parts
 from training.models import ModelInfo
 from training.plan import Plan
 from training.spec import RunSpec
 from training.strategy import is_adapter, tuning_refusal
 
-# Dense bf16 operations a second of peak, by a part of the driver's name for the GPU (the makers' data sheets).
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L4": 121e12,
-}
-# Shares of peak, measured on one H100 by a plain loop with DeepSpeed: full tuning of 1.2 B, and LoRA of 8 B. On other
-# GPUs these are guesses.
-FULL_SHARE, ADAPTER_SHARE = 0.44, 0.29
+# Share of peak of all operations made, those of layers run again among them: measured on one H100 by a plain loop with
+# DeepSpeed, full tuning of 1.2 B (44 % of peak), and LoRA of 8 B with layers run again (29 %, or 44 % with what is made
+# twice). On other GPUs it is a guess.
+MADE_SHARE = 0.44
 # Tokens a second and GPU of each ZeRO stage over those of one GPU, measured on two H200 in one host.
 STAGE_SPEED = {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.74}
 _USABLE = 0.92  # the rest goes to the context, to NCCL's buffers and to what the allocator splits off
@@ -44,6 +34,7 @@ class Choice:
     workers: int
     zero_stage: int
     micro_batch_size: int
+    recomputes: bool
     memory: MemoryParts
     limit_bytes: int | None
     step_s: float | None
@@ -55,10 +46,10 @@ class Choice:
         return self.limit_bytes is None or self.memory.total <= self.limit_bytes
 
     @property
-    def sort_key(self) -> tuple[bool, float, int, int]:
+    def sort_key(self) -> tuple[bool, float, bool, int, int]:
         """Those that fit first, the fastest of them, with the least sharding, then the largest micro-batch."""
         short = 0.0 if self.fits else float(self.memory.total)
-        return (not self.fits, short or self.step_s or 0.0, self.zero_stage, -self.micro_batch_size)
+        return (not self.fits, short or self.step_s or 0.0, self.recomputes, self.zero_stage, -self.micro_batch_size)
 
 
 def choices(
@@ -71,12 +62,18 @@ def choices(
         gpu_hour: what a GPU hour costs.
     """
     made = [
-        _choice(spec, info, plan, longest, nodes, workers, stage, micro, gpu_hour)
+        _choice(_recomputing(spec, again), info, plan, longest, nodes, workers, stage, micro, gpu_hour)
+        for again in sorted({spec.training.gradient_checkpointing, True})
         for workers in _worker_counts(spec, nodes)
         for stage in _stages(spec, workers)
         for micro in _micro_sizes(spec, plan, workers)
     ]
     return sorted(made, key=lambda choice: choice.sort_key)
+
+
+def _recomputing(spec: RunSpec, again: bool) -> RunSpec:
+    """The spec with or without layers that are run again."""
+    return spec.model_copy(update={"training": spec.training.model_copy(update={"gradient_checkpointing": again})})
 
 
 def _choice(
@@ -97,7 +94,8 @@ def _choice(
     step_s = step_seconds(spec, info, plan, longest, _gpu(nodes), workers, stage)
     hours = None if step_s is None else step_s * plan.steps / 3600
     price = None if hours is None or gpu_hour is None else hours * gpu_hour * workers
-    return Choice(workers, stage, micro, memory, _limit(spec, nodes, workers), step_s, hours, price)
+    again = spec.training.gradient_checkpointing
+    return Choice(workers, stage, micro, again, memory, _limit(spec, nodes, workers), step_s, hours, price)
 
 
 def step_seconds(
@@ -108,24 +106,8 @@ def step_seconds(
     if peak is None:
         return None
     tokens = plan.num_tokens_per_epoch / plan.steps_per_epoch
-    share = ADAPTER_SHARE if is_adapter(spec.tuning) else FULL_SHARE
     speed = STAGE_SPEED[stage] if workers > 1 else 1.0
-    return tokens * flops_per_token(spec, info, longest) / (workers * peak * share * speed)
-
-
-def flops_per_token(spec: RunSpec, info: ModelInfo, longest: int) -> float:
-    """Operations of a token's forward and backward pass (arXiv 2204.02311, appendix B).
-
-    Six a parameter, or four where the base is frozen and only passes gradients on; and attention over half the row.
-    """
-    a_parameter = 4 if is_adapter(spec.tuning) else 6
-    return a_parameter * info.num_parameters + a_parameter * info.num_layers * info.hidden_size * longest
-
-
-def peak_flops(name: str) -> float | None:
-    """Peak of the GPU of that name: that of the longest name known that is a part of it."""
-    known = [part for part in PEAK_FLOPS if part in name.upper()]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    return tokens * flops_per_token(spec, info, longest, made=True) / (workers * peak * MADE_SHARE * speed)
 
 
 def _gpu(nodes: Sequence[Node]) -> Gpu | None:
@@ -176,14 +158,23 @@ def advice(spec: RunSpec, best: Choice) -> str:
         tried = ", ".join([*ways, "a smaller training.max_length", larger])
         return f"nothing fits: the least that a worker needs is {best.memory.total / GIB:.1f} GiB; try {tried}"
     scaling = f"scaling: {{workers: {best.workers}, zero_stage: {best.zero_stage}}}"
-    return f"{scaling}, training: {{micro_batch_size: {best.micro_batch_size}}}"
+    again = ", gradient_checkpointing: true" if best.recomputes else ""
+    return f"{scaling}, training: {{micro_batch_size: {best.micro_batch_size}{again}}}"
 
 
 def nearest(made: Sequence[Choice], best: Choice) -> list[Choice]:
-    """What differs from the best in one thing: the other stages, and the best of every other number of workers."""
-    beside = [c for c in made if (c.workers, c.micro_batch_size) == (best.workers, best.micro_batch_size) and c != best]
+    """What differs from the best in one thing: the other stages, layers run again or not, and the best of every other
+    number of workers."""
+    beside = [c for c in made if _differences(c, best) == 1 and c.workers == best.workers]
     others: dict[int, Choice] = {}
     for choice in made:
         if choice.workers != best.workers:
             others.setdefault(choice.workers, choice)
     return beside + list(others.values())
+
+
+def _differences(one: Choice, best: Choice) -> int:
+    """In how many ways two choices differ; another micro-batch alone is not told."""
+    if one.micro_batch_size != best.micro_batch_size:
+        return 9
+    return (one.zero_stage != best.zero_stage) + (one.recomputes != best.recomputes)

@@ -48,9 +48,10 @@ def ray_session(address: str | None, resources: dict[str, float], log: Path) -> 
 
 
 def needs(scaling: Scaling) -> dict[str, float]:
-    """What a whole run claims of the cluster."""
-    wanted = {"CPU": float(scaling.workers * scaling.cpus_per_worker)}
-    gpus = float(scaling.workers * scaling.gpus_per_worker)
+    """What a whole run claims of the cluster; of an elastic one, what it cannot do without."""
+    workers = scaling.min_workers or scaling.workers
+    wanted = {"CPU": float(workers * scaling.cpus_per_worker)}
+    gpus = float(workers * scaling.gpus_per_worker)
     return {**wanted, "GPU": gpus} if gpus else wanted
 
 

@@ -24,6 +24,7 @@ from sweeps.measures import Measures, measure
 from sweeps.result import Point, RungMeasure, Trial
 from sweeps.space import Setting, run_spec
 from sweeps.steering import score_of, steps_of
+from training.attempts import Hands, train_to_the_end
 from training.data.prepare import Prepared, load_prepared
 from training.errors import TenureError, fail
 from training.evaluation import scoring
@@ -33,7 +34,8 @@ from training.fit import fit
 from training.interpolate import check_interpolable, interpolate
 from training.objective.signals import compute_signals, signal_jobs
 from training.plan import Plan
-from training.spec import RunSpec
+from training.retries import with_micro_batch
+from training.spec import RunSpec, Scaling
 from training.strategy import Ewc, Si, Wise
 from training.worker import Job, Trainer, make_job, make_schedule
 from training.workspace import RunFolder, Workspace, write_json, write_text
@@ -155,9 +157,20 @@ class TrialRun:
     def _advance_nested(self, rung: int) -> Measures:
         """As advance(), for the one rung that a trial of several workers has."""
         with self._timed("steps"), self._told():
-            fit(self.worker_job, self.spec.scaling, self.run)
+            train_to_the_end(self.run, self.spec, self.plan, self._hands())
         self.tokens = tokens_of(self.spec, self.plan, load_prepared(Path(self.worker_job["prepared"])))
         return self._finished(rung)
+
+    def _hands(self) -> Hands:
+        """A trial takes the workers that it was given, and goes on without them where one is lost."""
+
+        def train(plan: Plan, scaling: Scaling) -> None:
+            fit({**self.worker_job, "plan": asdict(plan)}, scaling, self.run)
+
+        def replan(_: int, micro: int | None) -> Plan:
+            return with_micro_batch(self.plan, micro or self.plan.micro_batch_size)
+
+        return Hands(replan, train, lambda scaling: scaling.workers, lambda line: print(line, flush=True))
 
     def _leave_weights(self, rung: int) -> None:
         """Leave weights and optimizer for the next generation, and forget those of the one before the last."""

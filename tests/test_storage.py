@@ -87,7 +87,7 @@ def test_storage_that_fails_every_third_call_loses_nothing(
     job: JobValues, undisturbed: JobValues, waits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    for name in ("_write_shards", "_write_random_state", "_publish"):
+    for name in ("_write_shards", "_write_random_state", "publish"):
         real = getattr(checkpoint, name)
 
         def sometimes(*arguments: Any, real: Any = real) -> None:
@@ -109,12 +109,12 @@ def test_storage_that_fails_every_third_call_loses_nothing(
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
     job: JobValues, undisturbed: JobValues, waits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(part: Path, state: Any) -> None:
-        (part / "shards-00000.safetensors").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "no space left on device", str(part))
+    def full(file: Path, snapshot: Any) -> None:
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "no space left on device", str(file))
 
-    def fill_up_after(part: Path, state: Any) -> None:
-        real(part, state)
+    def fill_up_after(file: Path, snapshot: Any) -> None:
+        real(file, snapshot)
         monkeypatch.setattr(checkpoint, "_write_shards", full)
 
     real = checkpoint._write_shards
@@ -140,10 +140,10 @@ def test_old_checkpoints_stay_while_the_newest_is_not_whole(tmp_path: Path, undi
     shutil.copytree(folder / "step-0000006", folder / "step-0000008")
     torn = next((folder / "step-0000008").glob("shards-*"))
     torn.write_bytes(torn.read_bytes()[:10])
-    checkpoint._remove_old(folder, keep=1)
+    checkpoint.remove_old(folder, keep=1)
     assert len(list(folder.iterdir())) == 3
     shutil.rmtree(folder / "step-0000008")
-    checkpoint._remove_old(folder, keep=1)
+    checkpoint.remove_old(folder, keep=1)
     assert [path.name for path in folder.iterdir()] == ["step-0000006"]
 
 

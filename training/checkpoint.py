@@ -31,6 +31,7 @@ from training.storage import patiently, settle
 from training.workspace import read_json, write_json
 
 _MANIFEST = "manifest.json"
+_WRITTEN = "written-"
 _MASTERS = "masters"
 
 
@@ -44,27 +45,36 @@ class State:
     sheets: Mapping[str, Sheet]
 
 
-def save_checkpoint(folder: Path, step: int, state: State, spec_hash: str, keep: int) -> None:
-    """Write the state after `step` optimizer steps; every rank calls it. Older ones go only once it stands whole.
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank writes: flat tensors by name, the stretches of parameters that they hold, and its random state.
+
+    `fragments` is None for a rank whose state another one writes.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    fragments: tuple[Fragment, ...] | None
+    random: dict[str, Any]
+
+
+def make_part(folder: Path, part: Path) -> None:
+    """An empty folder to write into; what was left half-written goes."""
+    for half_written in folder.glob(".step-*.part"):
+        shutil.rmtree(half_written, ignore_errors=True)
+    part.mkdir(parents=True, exist_ok=True)
+
+
+def write_rank(part: Path, snapshot: Snapshot, rank: int) -> None:
+    """Write a rank's files, then what says that they stand, with their sizes and hashes.
 
     Storage that fails for a while is waited for; see storage.patiently().
     """
-    final = folder / f"step-{step:07d}"
-    part = folder / f".step-{step:07d}.part"
-    if dist.get_rank() == 0:
-        for half_written in folder.glob(".step-*.part"):
-            shutil.rmtree(half_written, ignore_errors=True)
-        patiently(lambda: part.mkdir(parents=True, exist_ok=True), f"making {part}")
-    dist.barrier()
-    if state.layout.is_sharded or dist.get_rank() == 0:
-        patiently(lambda: _write_shards(part, state), f"writing {part}")
-    patiently(lambda: _write_random_state(part), f"writing {part}")
-    dist.barrier()
-    if dist.get_rank() == 0:
-        about = {"step": step, "spec_hash": spec_hash, "workers": dist.get_world_size()}
-        patiently(lambda: _publish(part, final, {**about, "scalars": _scalars(state)}), f"publishing {final}")
-        _remove_old(folder, keep)
-    dist.barrier()
+    names = [_random_file(rank)]
+    if snapshot.fragments is not None:
+        names.append(_shards_file(rank))
+        patiently(lambda: _write_shards(part / names[1], snapshot), f"writing {part}")
+    patiently(lambda: _write_random_state(part / names[0], snapshot.random), f"writing {part}")
+    patiently(lambda: write_json(part / f"{_WRITTEN}{rank:05d}.json", _digests(part, names)), f"writing {part}")
 
 
 def load_checkpoint(checkpoint: Path, state: State, spec_hash: str) -> int:
@@ -121,7 +131,7 @@ def _sheets(state: State) -> dict[str, Sheet]:
     return {_MASTERS: list(state.layout.masters), **sheets, **state.sheets}
 
 
-def _scalars(state: State) -> dict[str, float]:
+def scalars_of(state: State) -> dict[str, float]:
     """The optimizer's values that are one for all elements, such as its count of steps."""
     first = state.optimizer.state.get(state.layout.masters[0], {})
     return {name: float(value) for name, value in first.items() if value.numel() == 1}
@@ -137,15 +147,30 @@ def _prepare_moments(state: State, scalars: dict[str, float]) -> None:
         state.optimizer.state[master] = {**counts, **moments}
 
 
-def _write_shards(part: Path, state: State) -> None:
-    """This rank's sheets in one file, one tensor a shard, with the layout in its header."""
-    tensors = {
-        f"{name}/{index}": shard.detach().reshape(-1).contiguous().cpu()
+def flat_tensors(state: State) -> dict[str, torch.Tensor]:
+    """A rank's sheets as one flat tensor a shard, as they lie in memory."""
+    return {
+        f"{name}/{index}": shard.detach().reshape(-1).contiguous()
         for name, sheet in _sheets(state).items()
         for index, shard in enumerate(sheet)
     }
-    layout = json.dumps([vars(fragment) for fragment in state.layout.fragments])
-    save_file(tensors, part / f"shards-{dist.get_rank():05d}.safetensors", metadata={"layout": layout})
+
+
+def _shards_file(rank: int) -> str:
+    return f"shards-{rank:05d}.safetensors"
+
+
+def _write_shards(file: Path, snapshot: Snapshot) -> None:
+    """All of a rank's tensors in one file, with the layout in its header."""
+    layout = json.dumps([vars(fragment) for fragment in snapshot.fragments or ()])
+    save_file({name: tensor.cpu() for name, tensor in snapshot.tensors.items()}, file, metadata={"layout": layout})
+
+
+def _digests(part: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Sizes and hashes of files as the disk gives them back; nothing of them is lost with the power."""
+    for name in names:
+        settle(part / name)
+    return {name: {"bytes": (part / name).stat().st_size, "sha256": hash_file(part / name)} for name in names}
 
 
 def _open_shards(checkpoint: Path, stack: ExitStack) -> Callable[[str, str, int, int], torch.Tensor]:
@@ -173,12 +198,13 @@ def _random_file(rank: int) -> str:
     return f"random-{rank:05d}.pt"
 
 
-def _write_random_state(part: Path) -> None:
-    with (part / _random_file(dist.get_rank())).open("wb") as stream:
-        torch.save(_random_state(), stream)
+def _write_random_state(file: Path, state: dict[str, Any]) -> None:
+    with file.open("wb") as stream:
+        torch.save(state, stream)
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """The state of all generators of this process."""
     return {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
@@ -194,30 +220,32 @@ def _restore_random_state(file: Path) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _publish(part: Path, final: Path, about: dict[str, Any]) -> None:
-    """Hash what was written as the disk gives it back, then rename; nothing of it is lost with the power."""
+def publish(part: Path, final: Path, about: dict[str, Any]) -> None:
+    """Gather what every rank says it wrote into the manifest, then rename; nothing of it is lost with the power."""
     if final.is_dir() and not part.is_dir():
         return  # renamed, before the storage failed
-    files = {}
-    for file in sorted(part.rglob("*")):
-        if file.is_file() and file.name != _MANIFEST:
-            settle(file)
-            files[str(file.relative_to(part))] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
-    write_json(part / _MANIFEST, {**about, "files": files})
+    if not (part / _MANIFEST).is_file():  # there is one where the storage failed after it
+        told = [read_json(file) for file in sorted(part.glob(f"{_WRITTEN}*.json"))]
+        write_json(part / _MANIFEST, {**about, "files": {name: kept for one in told for name, kept in one.items()}})
+    for file in part.glob(f"{_WRITTEN}*.json"):
+        file.unlink(missing_ok=True)
     settle(part / _MANIFEST)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
     settle(final.parent)
 
 
-def _remove_old(folder: Path, keep: int) -> None:
-    """Keep the newest that are whole; none goes as long as the newest of all is not."""
-    whole = [path for path in sorted(folder.glob("step-*")) if _is_complete(path)]
-    newest = max(folder.glob("step-*"))
-    if newest in whole:
-        for old in sorted(folder.glob("step-*")):
-            if old < whole[-keep:][0]:
-                shutil.rmtree(old, ignore_errors=True)
+def remove_old(folder: Path, keep: int, best: int = 0) -> None:
+    """Keep the newest that are whole, and those of the lowest validation loss; none goes while the newest is not."""
+    found = sorted(folder.glob("step-*"))
+    whole = [path for path in found if _is_complete(path)]
+    if not whole or found[-1] != whole[-1]:
+        return
+    losses = {path: read_json(path / _MANIFEST).get("validation_loss") for path in whole} if best else {}
+    judged = sorted((path for path, loss in losses.items() if loss is not None), key=lambda path: (losses[path], path))
+    for old in found:
+        if old < whole[-keep:][0] and old not in judged[:best]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -30,6 +30,22 @@ class TenureError(Exception):
         return type(self), (self.problems,)
 
 
+class OutOfMemory(TenureError):
+    """A worker's memory did not suffice; a smaller micro-batch may."""
+
+
+class StorageFault(TenureError):
+    """Storage failed in a way that passes, for longer than a worker waits."""
+
+
+class WorkerLost(TenureError):
+    """A worker, or its node, ended without saying what a user could mend."""
+
+
+class Left(TenureError):
+    """The run wrote a checkpoint and left, as it was asked to."""
+
+
 def fail(what: str, where: str = "", instead: str = "") -> TenureError:
     """A TenureError of one problem, to be raised by the caller."""
     return TenureError(Problem(what, where, instead))

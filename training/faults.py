@@ -13,7 +13,8 @@ from types import TracebackType
 
 from safetensors import SafetensorError
 
-from training.errors import TenureError, fail
+from training.errors import OutOfMemory, Problem, StorageFault, TenureError, fail
+from training.storage import PASSING, error_number
 
 
 @contextmanager
@@ -77,15 +78,18 @@ def _print_traceback(kind: type[BaseException] | None, error: BaseException | No
 def explain(error: Exception, logs: Path) -> TenureError | None:
     """What a user can do about an error of memory, disk or the operating system; None when it is none of these."""
     if is_out_of_memory(error):
-        return fail(_first_line(error) or "out of memory", str(logs), _LESS_MEMORY)
+        return OutOfMemory(Problem(_first_line(error) or "out of memory", str(logs), _LESS_MEMORY))
     if is_disk_full(error):
         return fail("no space is left on the disk", str(getattr(error, "filename", None) or logs), _FREE_SPACE)
+    if error_number(error) in PASSING:
+        return StorageFault(Problem(_first_line(error), str(getattr(error, "filename", None) or logs), _MEND_STORAGE))
     if isinstance(error, OSError):
         return fail(error.strerror or str(error), str(error.filename or logs), "see the worker's log")
     return None
 
 
 _LESS_MEMORY = "lower training.micro_batch_size or max_length, raise scaling.zero_stage, or use tuning.type: lora"
+_MEND_STORAGE = "see to the storage, then: tenure resume RUN continues from the last whole checkpoint"
 _FREE_SPACE = "free some space, then: tenure resume RUN continues from the last whole checkpoint"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training.errors import TenureError, fail
+from training.errors import Left, OutOfMemory, Problem, TenureError, WorkerLost, fail
 from training.spec import Scaling
 from training.worker import train_worker
 from training.workspace import RunFolder
@@ -18,15 +18,16 @@ _RAY_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PREE
 
 
 def fit(job: dict[str, Any], scaling: Scaling, folder: RunFolder) -> None:
-    """Train on the Ray cluster that this process is connected to, until the artifact stands.
+    """Train on the Ray cluster that this process is connected to, once, until the artifact stands.
 
     Raises:
-        TenureError: a worker's fault that the user can mend, or the death of a worker.
+        WorkerLost, OutOfMemory, StorageFault, Left: as their names say.
+        TenureError: another fault of a worker that the user can mend.
     """
     run_workers(train_worker, job, scaling, folder.path / "ray", folder.id, folder.logs, f"tenure resume {folder.id}")
     if not folder.artifact.is_dir() and folder.notice.exists():
         again = f"go on with: tenure resume {folder.id}"
-        raise fail("the run was asked to leave, wrote a checkpoint and left", str(folder.notice), again)
+        raise Left(Problem("the run was asked to leave, wrote a checkpoint and left", str(folder.notice), again))
     if not folder.artifact.is_dir():
         raise fail("training ended without an artifact", str(folder.logs), f"tenure resume {folder.id}")
 
@@ -49,6 +50,7 @@ def run_workers(
     Raises:
         TenureError: a worker's fault that the user can mend, or the death of a worker.
     """
+    from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -67,13 +69,16 @@ def run_workers(
         run_config=RunConfig(
             name=name,
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=scaling.max_failures),
+            failure_config=FailureConfig(max_failures=0),  # who calls this knows what is worth another attempt
         ),
     )
     try:
         trainer.fit()
     except TrainingFailedError as error:
         raise _explain(error, logs, again) from error
+    except RayError as error:
+        lost = Problem(f"Ray Train's controller is gone: {_last_line(error)}", str(logs), f"go on with: {again}")
+        raise WorkerLost(lost) from error
 
 
 def worker_resources(scaling: Scaling) -> dict[str, float]:
@@ -92,8 +97,13 @@ def _explain(error: Any, logs: Path, again: str) -> TenureError:
                 return cause
             cause = cause.__cause__ or getattr(cause, "_base_exc", None) or getattr(cause, "cause", None)
     reasons = sorted({_last_line(failure) for failure in failures.values()}) or [_last_line(error)]
-    what = "a worker failed: " + "; ".join(reasons)
-    return fail(what, str(logs), f"once mended: {again}")
+    kind = OutOfMemory if any(_was_killed_for_memory(failure) for failure in failures.values()) else WorkerLost
+    return kind(Problem("a worker failed: " + "; ".join(reasons), str(logs), f"once mended: {again}"))
+
+
+def _was_killed_for_memory(failure: BaseException) -> bool:
+    """Whether Ray ended a worker because its node ran out of memory."""
+    return "OutOfMemoryError" in type(failure).__name__ or "killed due to memory pressure" in str(failure)
 
 
 def _last_line(error: BaseException) -> str:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from training.errors import Problem, TenureError
 from training.models import ModelInfo
 from training.spec import RunSpec
-from training.strategy import Distill, Ewc, Kl, L2sp, Lora, Si, moves_base, records_path
+from training.strategy import Distill, Ewc, Kl, L2sp, Lora, Si, is_adapter, moves_base, records_path
 
 ADAM_STATES = 2
 # Four bits a weight, and the scales of double quantisation (arXiv 2305.14314, section 3)
 _NF4_BYTES = 0.52
 _OVERHEAD_BYTES = int(1.2 * 2**30)
+FUSED_CHUNK_BYTES = 2**30  # of logits, see objective/fused.py
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,49 @@ def memory_parts(
     width = 2 if spec.training.precision == "bf16" else 4
     stored = _NF4_BYTES if isinstance(spec.tuning, Lora) and spec.tuning.bits else width
     masters = trainable * 4 if width == 2 else 0
-    # 34 bytes a position, layer and hidden unit in 16 bits (arXiv 2205.05198, equation 2, without attention scores); or
-    # of one layer, and 2 for the inputs of every one (the same, section 5).
-    layers = 1 + info.num_layers * 2 / 34 if spec.training.gradient_checkpointing else info.num_layers
-    activations = 34 / 2 * width * micro * longest * info.hidden_size * layers
     return MemoryParts(
         weights=int(info.num_parameters * stored / (workers if stage == 3 else 1)),
         gradients=int(trainable * width / (workers if stage >= 2 else 1)),
         optimizer=int((trainable * 4 * ADAM_STATES + masters) / (workers if stage >= 1 else 1)),
         protections=int(protection_bytes(spec, info, trainable) / (workers if stage >= 1 else 1)),
-        activations=int(activations),
-        logits=int(3 * 4 * micro * longest * info.vocab_size / 2),
+        activations=int(width / 2 * micro * longest * activation_bytes(spec, info)),
+        logits=logits_bytes(spec, info, micro * longest, width),
         frozen=frozen,
         overhead=_OVERHEAD_BYTES,
     )
+
+
+def activation_bytes(spec: RunSpec, info: ModelInfo) -> float:
+    """Bytes a token, over all layers, that a forward pass in 16 bits keeps for its backward pass.
+
+    Counted in Llama's layers (torch.autograd.graph.saved_tensors_hooks): 21 a hidden unit, or 17 beside a frozen base,
+    whose weights ask for no gradients; and 8 an inner unit of the MLP. Liger's norms keep their input alone, and its
+    activation what it is made of: 13 and 6. Where layers are run again, those of one layer, and the inputs of all.
+    """
+    inner = max((max(shape) for shape in info.linear_shapes.values()), default=4 * info.hidden_size)
+    has_liger = spec.scaling.gpus_per_worker > 0 and spec.training.kernels in ("auto", "liger")
+    of_hidden, of_inner = (13, 6) if has_liger else (17 if is_adapter(spec.tuning) else 21, 8)
+    a_layer = of_hidden * info.hidden_size + of_inner * inner
+    if spec.training.gradient_checkpointing:
+        return a_layer + 2 * info.num_layers * info.hidden_size
+    return info.num_layers * a_layer
+
+
+def logits_bytes(spec: RunSpec, info: ModelInfo, tokens: int, width: int) -> int:
+    """Bytes of logits and what a loss makes of them: of all targets, half the tokens, or of a chunk where it is fused.
+
+    Fused, the head's own gradient is added up in fp32 beside a product in the weights' dtype.
+    """
+    if not _fuses(spec):
+        return int(3 * 4 * tokens * info.vocab_size / 2)
+    chunk = 2 * min(FUSED_CHUNK_BYTES, tokens * info.vocab_size * width)
+    return chunk + (0 if is_adapter(spec.tuning) else info.vocab_size * info.hidden_size * (4 + width))
+
+
+def _fuses(spec: RunSpec) -> bool:
+    """Whether the loss may be fused; the model has its say before the first step."""
+    has_other_terms = any(isinstance(protection, Kl) for protection in spec.protections)
+    return spec.training.fused_loss and spec.objective.type in ("sft", "lm") and not has_other_terms
 
 
 def estimate_memory(spec: RunSpec, info: ModelInfo, trainable: int, stage: int, micro: int, longest: int) -> int:

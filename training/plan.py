@@ -318,7 +318,8 @@ def estimate_disk(spec: RunSpec, info: ModelInfo, trainable: int) -> int:
     merged = info.num_parameters * 4 if (adapter and spec.export.merged) or merges_by_itself(spec.tuning) else 0
     artifact = trainable * 4 if adapter else info.num_parameters * 4
     copies = 2 if spec.protection(Wise) else 1  # what was tuned stays beside what is exported
-    return checkpoint * (spec.training.keep_checkpoints + 1) + copies * (artifact + merged)
+    kept = spec.training.keep_checkpoints + spec.training.keep_best_checkpoints + 1
+    return checkpoint * kept + copies * (artifact + merged)
 
 
 def _micro_batch_size(spec: RunSpec, packed_rows: int, capacity: int) -> int:

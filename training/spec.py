@@ -190,7 +190,19 @@ class Training(Section):
     validate_every_steps: Natural | Literal["auto"] = "auto"
     checkpoint_every_steps: Natural | Literal["auto"] = "auto"
     keep_checkpoints: Count = 2
+    keep_best_checkpoints: Natural = 0
+    checkpoint_in_background: Flag | Literal["auto"] = "auto"
     log_examples: Flag = False
+
+    @model_validator(mode="after")
+    def _best_can_be_told(self) -> Training:
+        if self.keep_best_checkpoints and not self.validation_items:
+            what = "the best checkpoints are those of the lowest validation loss, and nothing is validated"
+            raise fault(what, "set validation_items", ("keep_best_checkpoints",))
+        if self.keep_best_checkpoints and self.validate_every_steps != self.checkpoint_every_steps:
+            what = "the best checkpoints are told by a validation at the same step"
+            raise fault(what, "set validate_every_steps and checkpoint_every_steps alike", ("keep_best_checkpoints",))
+        return self
 
 
 class Scaling(Section):
@@ -200,8 +212,17 @@ class Scaling(Section):
     cpus_per_worker: Count = 1
     gpus_per_worker: Annotated[int, Field(strict=True, ge=0, le=1)] = 0
     zero_stage: Annotated[int, Field(strict=True, ge=0, le=3)] | Literal["auto"] = "auto"
+    min_workers: Count | None = None
     max_failures: Natural = 0
+    hang_after_s: Natural = 1800
     price_per_gpu_hour: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def _least_is_not_most(self) -> Scaling:
+        if self.min_workers and self.min_workers > self.workers:
+            what = f"min_workers: {self.min_workers} is more than workers: {self.workers}"
+            raise fault(what, "set it lower, or leave it out", ("min_workers",))
+        return self
 
 
 class Export(Section):

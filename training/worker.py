@@ -28,10 +28,12 @@ from training.data.seen import ExampleLog
 from training.data.store import lengths_of, targets_of
 from training.data.task_figures import TaskFigures
 from training.errors import fail
+from training.events import read_events
 from training.faults import explained_at, output_to
+from training.flops import flops_per_token, peak_flops
 from training.interpolate import interpolate
 from training.kernels import use_kernels
-from training.models import hash_folder
+from training.models import hash_folder, read_model_info
 from training.objective.first_look import expect_apart, fuses_truly
 from training.objective.objectives import Objective, make_objective
 from training.objective.weighing import weigh
@@ -39,8 +41,11 @@ from training.plan import Plan
 from training.protection.attach import Attached, attach_all, path_importance
 from training.protection.importance import IMPORTANCE_FOLDER, PATH_INTEGRAL, write_importance
 from training.protection.layout import Layout
-from training.spec import RunSpec
+from training.saving import Keep, Saver
+from training.spec import RunSpec, Training
 from training.strategy import AnyTuning, Si, Wise, is_adapter
+from training.telemetry import Telemetry
+from training.watch import Watch, stacks_file
 from training.workspace import RunFolder
 
 LoadBase = Callable[[AnyTuning, Path, torch.dtype], torch.nn.Module]
@@ -85,9 +90,13 @@ class Trainer:
     schedule: Schedule
     tasks: TaskFigures
     initial: dict[str, torch.Tensor]
+    saver: Saver
+    watch: Watch
+    telemetry: Telemetry
     step: int = 0
     seen: ExampleLog | None = None
     leaves: bool = False
+    validation_loss: float | None = None
 
     @classmethod
     def start(cls, job: Job, folder: RunFolder, load: LoadBase = tuning.load_base_for) -> Trainer:
@@ -134,6 +143,9 @@ class Trainer:
             schedule=make_schedule(spec, plan, weighed.data),
             tasks=make_task_figures(spec, plan, weighed.data, objective, engine.device),
             initial=initial,
+            saver=make_saver(spec.training, folder, job.spec_hash),
+            watch=Watch(spec.scaling.hang_after_s, stacks_file(folder.logs, dist.get_rank())),
+            telemetry=make_telemetry(spec, plan, folder),
         )
         if plan.row_tokens:
             expect_apart(engine, trainer.objective.head)
@@ -149,8 +161,18 @@ class Trainer:
     def run(self) -> None:
         """Every step that is left, with validation and checkpoints on the way; then the artifact.
 
-        A run that is asked to leave writes a checkpoint and returns without one.
+        A run that is asked to leave writes a checkpoint and returns without one. One that makes no progress ends its
+        process, see Watch; loading and exporting are not watched.
         """
+        self.watch.start()
+        try:
+            self._run_steps()
+        finally:
+            self.watch.stop()
+        if self.step == self.plan.steps:
+            self.finish()
+
+    def _run_steps(self) -> None:
         if self.step == 0:
             self._validate()
         while self.step < self.plan.steps:
@@ -160,12 +182,13 @@ class Trainer:
             if self._is_due(self.plan.checkpoint_every_steps) or self.leaves:
                 self._save()
             if self.leaves and self.step < self.plan.steps:
+                self.saver.finish()
                 self._log({"kind": "leave", "step": self.step})
                 return
-        self.finish()
 
     def finish(self) -> None:
-        """What is left after the last step: the count of replayed rows, and the artifact."""
+        """What is left after the last step: the last checkpoint, the count of replayed rows, and the artifact."""
+        self.saver.finish()
         self._log_replay()
         self._export()
 
@@ -229,6 +252,8 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step over one global batch; the loss is a mean over all of it, whatever the workers."""
         started = time.monotonic()
+        self.watch.progress()
+        self.validation_loss = None  # of weights that are about to change
         indices = self.schedule.batch(self.step)
         count = self.plan.workers * self.plan.accumulation_steps
         batches = self._cut(indices, count)
@@ -236,23 +261,29 @@ class Trainer:
         rate = engines.learning_rate(self.spec.training, self.plan, self.step)
         engines.set_learning_rate(self.engine.optimizer, rate)
         self.engine.train()
-        figures = torch.zeros(2 + len(self.objective.names) + len(self.tasks), device=self.engine.device)
-        figures[-1] = self._is_asked_to_leave()
+        figures = torch.zeros(3 + len(self.objective.names) + len(self.tasks), device=self.engine.device)
+        figures[-2], figures[-1] = self._is_asked_to_leave(), self.saver.is_written
         own = share(batches, dist.get_rank(), self.plan.workers)
+        gathered = time.monotonic() - started
         for batch in own:
             loss = self.objective.loss(self.engine, batch, totals)
             parts = [loss.value.detach(), *(loss.parts[name] for name in self.objective.names)]
-            figures[:-1] += torch.cat([torch.stack(parts), self.tasks.sums(batch, loss.losses)])
+            figures[:-2] += torch.cat([torch.stack(parts), self.tasks.sums(batch, loss.losses)])
             # DeepSpeed divides by accumulation steps and averages over workers; this undoes both.
             self.engine.backward(loss.value * count)
             self.engine.step()
         dist.all_reduce(figures)
-        *told, asked = figures.tolist()
+        *told, asked, written = figures.tolist()
         self.leaves = asked > 0  # by all workers at once, since they have to save together
+        if written == dist.get_world_size():
+            self.saver.publish()
         self.step += 1
+        self.saver.prepare(self._state)
         if self.seen:
             self.seen.add(self.step, [index for batch in own for index in batch])
-        self._log_step(told, rate, indices, totals.num_targets, time.monotonic() - started)
+        row = self._step_row(told, rate, indices, totals.num_targets, time.monotonic() - started)
+        self._log(row)
+        self.telemetry.tell_step(row, gathered)
 
     def _is_asked_to_leave(self) -> bool:
         return dist.get_rank() == 0 and self.folder.notice.exists()
@@ -267,31 +298,29 @@ class Trainer:
         batch = collate(examples, self.tokenizer.pad_token_id, self.plan.row_tokens > 0)
         return self.objective.head.sum(self.engine, to_device(batch, self.engine.device))
 
-    def _log_step(
+    def _step_row(
         self, figures: list[float], rate: float, indices: list[int], num_targets: int, seconds: float
-    ) -> None:
+    ) -> dict[str, Any]:
         loss, *others = figures
         parts, task_sums = others[: len(self.objective.names)], others[len(self.objective.names) :]
         if not math.isfinite(loss):
             instead = "lower training.learning_rate, or set training.precision: fp32"
             raise fail(f"the loss is not a finite number at step {self.step}", "training", instead)
-        self._log(
-            {
-                "kind": "step",
-                "step": self.step,
-                "loss": loss,
-                **dict(zip(self.objective.names, parts, strict=True)),
-                "learning_rate": rate,
-                "grad_norm": engines.grad_norm(self.engine),
-                "num_target_tokens": num_targets,
-                "num_tokens": int(self.data.lengths[indices].sum()),
-                "num_rows": len(indices),
-                **self._count_replayed(indices),
-                **self.tasks.row(indices, task_sums),
-                "seconds": seconds,
-                "epoch": self.step / self.schedule.steps_per_epoch,
-            }
-        )
+        return {
+            "kind": "step",
+            "step": self.step,
+            "loss": loss,
+            **dict(zip(self.objective.names, parts, strict=True)),
+            "learning_rate": rate,
+            "grad_norm": engines.grad_norm(self.engine),
+            "num_target_tokens": num_targets,
+            "num_tokens": int(self.data.lengths[indices].sum()),
+            "num_rows": len(indices),
+            **self._count_replayed(indices),
+            **self.tasks.row(indices, task_sums),
+            "seconds": seconds,
+            "epoch": self.step / self.schedule.steps_per_epoch,
+        }
 
     def _log_replay(self) -> None:
         """What was replayed over all steps, those before a resume included."""
@@ -314,26 +343,32 @@ class Trainer:
     def _validate(self) -> None:
         """Mean cross-entropy in nats per target token of every suite's right answers."""
         self.engine.eval()
+        losses = {}
         for name, items in self.data.validation.items():
             size, workers = self.plan.micro_batch_size, self.plan.workers
             rounds = -(-len(items) // (size * workers))
             batches = micro_batches(range(len(items)), lengths_of(items), size, rounds * workers)
             total = torch.zeros((), device=self.engine.device)
             for batch in share(batches, dist.get_rank(), workers):
+                self.watch.progress()
                 total += self._loss_sum([items[index] for index in batch])
             dist.all_reduce(total)
-            loss = total.item() / int(targets_of(items).sum())
-            self._log({"kind": "validation", "step": self.step, "suite": name, "loss": loss})
+            losses[name] = total.item() / int(targets_of(items).sum())
+            self._log({"kind": "validation", "step": self.step, "suite": name, "loss": losses[name]})
+        targets = [losses[suite.name] for suite in self.spec.suites.target if suite.name in losses]
+        self.validation_loss = sum(targets) / len(targets) if targets else None
 
     def _save(self) -> None:
         started = time.monotonic()
-        keep = self.spec.training.keep_checkpoints
-        checkpoint.save_checkpoint(self.folder.checkpoints, self.step, self._state, self.spec_hash, keep)
-        self._log({"kind": "checkpoint", "step": self.step, "seconds": time.monotonic() - started})
+        self.watch.progress()
+        self.saver.begin(self.step, self._state, self.validation_loss)
+        waited = time.monotonic() - started
+        self._log({"kind": "checkpoint", "step": self.step, "seconds": waited})
+        self.telemetry.set({"checkpoint_seconds": waited})
 
     def save_to(self, folder: Path) -> None:
         """Write one checkpoint into a folder of its own."""
-        checkpoint.save_checkpoint(folder, self.step, self._state, self.spec_hash, keep=1)
+        Saver(folder, self.spec_hash, Keep(1)).begin(self.step, self._state)
 
     def _log(self, row: dict[str, Any]) -> None:
         """Append one row to the run's metrics; only the first worker writes."""
@@ -347,6 +382,32 @@ def drop_torn_row(metrics: Path) -> None:
     if metrics.is_file():
         whole = metrics.read_bytes().rfind(b"\n") + 1
         os.truncate(metrics, whole)
+
+
+def make_telemetry(spec: RunSpec, plan: Plan, folder: RunFolder) -> Telemetry:
+    """What a worker tells of its steps; of GPUs whose peak is known, what they do of it too."""
+    info, rank = read_model_info(Path(spec.model)), dist.get_rank()
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    longest = plan.row_tokens or spec.training.max_length
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    telemetry = Telemetry(
+        run=folder.id,
+        rank=rank,
+        log=folder.logs / f"worker-{rank}.jsonl",
+        token_flops=flops_per_token(spec, info, longest),
+        peak_flops=peak and peak * dist.get_world_size(),
+    )
+    attempts = sum(event["event"] == "attempt" for event in read_events(folder))
+    telemetry.set({"restarts": max(0, attempts - 1)})
+    return telemetry
+
+
+def make_saver(training: Training, folder: RunFolder, spec_hash: str) -> Saver:
+    """What writes a run's checkpoints: beside GPUs in the background, where `auto` lets it."""
+    asked = training.checkpoint_in_background
+    in_background = torch.cuda.is_available() if asked == "auto" else asked
+    keep = Keep(training.keep_checkpoints, training.keep_best_checkpoints)
+    return Saver(folder.checkpoints, spec_hash, keep, in_background)
 
 
 def seed_everything(seed: int) -> None:

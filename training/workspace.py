@@ -94,6 +94,11 @@ class RunFolder:
         return self.path / "leave"
 
     @property
+    def events(self) -> Path:
+        """What happened to the run, a line each: attempts, failures, changes of its workers, its end."""
+        return self.path / "events.jsonl"
+
+    @property
     def registration(self) -> Path:
         """Written last of all: a run that has it is finished."""
         return self.path / "registered.json"

@@ -40,7 +40,9 @@ def kl_to_base(
 
     rows = {role: list(_drawn(spec, role, tokenizer, max_length)) for role in ("target", "retention")}
     if is_base:
-        tensors = {role: _stacked([log_probs(model, row) for row in found]) for role, found in rows.items() if found}
+        tensors = {
+            role: _stacked([log_probs(model, row).cpu() for row in found]) for role, found in rows.items() if found
+        }
         of_base.parent.mkdir(parents=True, exist_ok=True)
         part = of_base.with_name(f".{of_base.name}.part")
         save_file(tensors, part)
@@ -82,7 +84,7 @@ def _bounded(row: Encoded, most: int) -> Encoded:
 
 
 def log_probs(model: Any, row: Encoded) -> torch.Tensor:
-    """Log-probabilities (targets, vocabulary) in fp32 of what stands at the row's target positions.
+    """Log-probabilities (targets, vocabulary) in fp32, where the model is, of what stands at the target positions.
 
     One row at a time: rounding does not depend on what else is in a batch, so a model is at no distance from itself.
     """
@@ -93,7 +95,7 @@ def log_probs(model: Any, row: Encoded) -> torch.Tensor:
     places = torch.tensor([place - 1 for place, is_target in enumerate(row.is_target) if is_target and place])
     with torch.inference_mode(), head_at(model, len(row.ids), places.to(model.device)):
         logits = model(input_ids=torch.tensor([row.ids], device=model.device), use_cache=False).logits
-    found: torch.Tensor = logits.float().log_softmax(-1).cpu()
+    found: torch.Tensor = logits.float().log_softmax(-1)
     return found
 
 
@@ -109,7 +111,8 @@ def _compared(model: Any, rows: Sequence[Encoded], of_base: Any) -> Iterator[tup
     start = 0
     for row in rows:
         count = row.num_targets
-        given = of_base[start : start + count]
+        own = log_probs(model, row)
+        given = of_base[start : start + count].to(own.device)
         # The terms are summed in double: a word of the vocabulary adds a rounding error of its own.
-        yield float(forward_kl(given.double(), log_probs(model, row).double()).sum()), count
+        yield float(forward_kl(given.double(), own.double()).sum()), count
         start += count

@@ -26,7 +26,7 @@ from training.errors import fail
 from training.evaluation.kl import kl_to_base
 from training.evaluation.metrics import NATS, worth_of
 from training.evaluation.scorecard import Probe
-from training.evaluation.suites import Question, RenderedItem, context_ids, encode_item, render_item
+from training.evaluation.suites import Question, RenderedItem, context_ids, encode_items, render_item
 from training.models import hash_file, hash_folder
 from training.spec import RunSpec
 from training.suite_spec import (
@@ -287,7 +287,7 @@ def _score_suite(suite: AnySuite, language_model: HarnessModel) -> list[Answered
 
 def _matched(suite: GreedyMatch, items: Sequence[SuiteItem], language_model: HarnessModel) -> list[Answered]:
     """Whether greedy decoding gives each completion and its end token, as they would be trained on."""
-    encoded = [encode_item(suite, item, language_model.tokenizer, language_model.max_length) for item in items]
+    encoded = encode_items(suite, items, language_model.tokenizer, language_model.max_length)
     starts = [max(1, row.is_target.index(True)) for row in encoded]
     asked = [(row.ids[:start], row.ids[start:]) for row, start in zip(encoded, starts, strict=True)]
     found = zip(items, language_model.likelihoods(asked), strict=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from training.data.chat import render_prompt
-from training.data.encoding import Encoded, encode, spaced, wants_chat
+from training.data.encoding import Encoded, encode_many, spaced, wants_chat
 from training.data.items import SuiteItem
-from training.data.rows import Conversation
+from training.data.rows import Conversation, Faults
 from training.data.tokens import continued_ids, prompt_ids, text_ids
 from training.suite_spec import Accuracy, Answering, FileSuite, GreedyMatch
 
@@ -54,10 +55,27 @@ def is_chat(suite: FileSuite, tokenizer: PreTrainedTokenizerBase, where: str) ->
 
 def encode_item(suite: FileSuite, item: SuiteItem, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Token ids of an item with loss on its right answer, cut on the left to max_length."""
+    return encode_items(suite, [item], tokenizer, max_length)[0]
+
+
+def encode_items(
+    suite: FileSuite, items: Sequence[SuiteItem], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Encoded]:
+    """encode_item() of every item; those that are trained on as they are asked, with few calls of the tokenizer."""
     answering = isinstance(suite, Answering | GreedyMatch)
-    if answering and not item.turns and is_chat(suite, tokenizer, item.where):
-        row = encode(tokenizer, _conversation(item), chat=True)
-        return Encoded(row.ids[-max_length:], row.is_target[-max_length:])
+    as_trained = [answering and not item.turns and is_chat(suite, tokenizer, item.where) for item in items]
+    faults = Faults()
+    taught = [_conversation(item) for item, is_taught in zip(items, as_trained, strict=True) if is_taught]
+    encoded = iter(encode_many(tokenizer, taught, True, faults))
+    faults.close()
+    rows = [
+        next(encoded) if is_taught else _rendered_row(suite, item, tokenizer, answering)
+        for item, is_taught in zip(items, as_trained, strict=True)
+    ]
+    return [Encoded(row.ids[-max_length:], row.is_target[-max_length:]) for row in rows if row]
+
+
+def _rendered_row(suite: FileSuite, item: SuiteItem, tokenizer: PreTrainedTokenizerBase, answering: bool) -> Encoded:
     rendered = render_item(suite, item, tokenizer)
     prompt = context_ids(suite, rendered.prompt, tokenizer)
     answer = continued_ids(tokenizer, rendered.target) if rendered.prompt else text_ids(tokenizer, rendered.target)
@@ -65,7 +83,7 @@ def encode_item(suite: FileSuite, item: SuiteItem, tokenizer: PreTrainedTokenize
         answer = [*answer, tokenizer.eos_token_id]
     ids = [*prompt, *answer]
     is_target = [False] * len(prompt) + [True] * len(answer)
-    return Encoded(tuple(ids[-max_length:]), tuple(is_target[-max_length:]))
+    return Encoded(tuple(ids), tuple(is_target))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from training.memory import FUSED_CHUNK_BYTES
+
 # A chunk's logits: as many as keep a GPU's multipliers busy.
-_CHUNK_BYTES = 2**30
+_CHUNK_BYTES = FUSED_CHUNK_BYTES
 
 
 def weighted_cross_entropy(
