@@ -3,11 +3,12 @@
     python -m benchmarks.retention.run --workspace WORKSPACE --out benchmarks/retention
 
 Of each pair, SmolLM2-135M-Instruct is first taught the kept skill by `tenure train` (full tuning), and that model is
-the base of a `tenure sweep` over eleven strategies on the new one: full tuning plain and with seven protections, and
-three kinds of LoRA. Skills are made from real sentences (benchmarks/retention/tasks.py). Both are scored by exact
-answers (`greedy_match`): retention is the share of the kept skill's right answers that is left. OUT/figures.json holds
-the figures, OUT/PAIR the specs, the sweep's result and its front. `--skills` names a folder that write_skills() filled
-elsewhere; `--cpu`, `--rows`, `--trials` and `--model` make a rehearsal of it.
+the base of two `tenure sweep`s on the new one: over the learning rate of plain full tuning, where forgetting stops
+nothing, for the gain that there is to be had; and over eleven strategies under the contract: full tuning plain and with
+seven protections, and three kinds of LoRA. Skills are made from real sentences (benchmarks/retention/tasks.py). Both
+are scored by exact answers (`greedy_match`): retention is the share of the kept skill's right answers that is left.
+OUT/figures.json holds the figures, OUT/PAIR the specs, the sweep's result and its front. `--skills` names a folder that
+write_skills() filled elsewhere; `--cpu`, `--rows`, `--trials` and `--model` make a rehearsal of it.
 """
 
 from __future__ import annotations
@@ -51,25 +52,34 @@ def main() -> None:
     started = time.monotonic()
     pairs = {}
     for pair in arguments.pairs:
-        pairs[pair] = figures(_swept(pair, skills.resolve(), root, arguments), arguments.out / pair)
+        full, result = _swept(pair, skills.resolve(), root, arguments)
+        pairs[pair] = figures(full, result, arguments.out / pair)
         found = {"pairs": pairs, "seconds": round(time.monotonic() - started), **where()}
         write_json(arguments.out / "figures.json", found)
         print(json.dumps({pair: pairs[pair]}, indent=1), flush=True)
 
 
-def _swept(pair: str, skills: Path, root: Path, arguments: argparse.Namespace) -> SweepResult:
-    """Teach the kept skill unless it is taught, then sweep over the new one."""
+def _swept(pair: str, skills: Path, root: Path, arguments: argparse.Namespace) -> tuple[SweepResult, SweepResult]:
+    """Teach the kept skill unless it is taught, then sweep over the new one: full tuning alone, and all strategies."""
     kept, new = PAIRS[pair]
     taught = root / "runs" / f"{kept}-1" / "artifact"
     if not taught.is_dir():
         _tenure(root, "train", _write(root / f"{kept}.yaml", teaching(kept, skills, arguments)))
     spec = sweep(pair, kept, new, taught, skills, arguments)
-    _tenure(root, "sweep", _write(root / f"{pair}.yaml", spec))
-    folder = root / "sweeps" / pair
+    return (
+        _ended(full_alone(spec, arguments.full_trials), root, arguments.out / pair / "full"),
+        _ended(spec, root, arguments.out / pair),
+    )
+
+
+def _ended(spec: dict[str, Any], root: Path, out: Path) -> SweepResult:
+    """Run a sweep to its end; its files are copied to `out`."""
+    _tenure(root, "sweep", _write(root / f"{spec['name']}.yaml", spec))
+    folder = root / "sweeps" / spec["name"]
     for name in ("sweep.yaml", "winner.yaml", "result.json"):
         if (folder / name).is_file():
-            (arguments.out / pair).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, arguments.out / pair / name)
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, out / name)
     result = read_result(folder / "result.json")
     assert result is not None
     return result
@@ -98,6 +108,20 @@ def sweep(pair: str, kept: str, new: str, taught: Path, skills: Path, arguments:
         "finalists": 3,
         "seeds": [0, 1, 2],
         "trials_per_gpu": arguments.trials_per_gpu,
+    }
+
+
+def full_alone(spec: dict[str, Any], trials: int) -> dict[str, Any]:
+    """The same sweep over plain full tuning's rate alone, each to its end whatever it forgets."""
+    return {
+        **spec,
+        "name": f"{spec['name']}-full",
+        "contract": {"min_gain": 0.0, "max_loss": 1.0},
+        "strategies": [{"name": "full", "tuning": {"type": "full"}, "protections": [], "space": {}}],
+        "budget": {"trials": trials},
+        "scheduler": "none",
+        "finalists": 1,
+        "alphas": [],
     }
 
 
@@ -152,10 +176,10 @@ def _suite(skill: str, skills: Path) -> dict[str, Any]:
     return {"name": skill, "path": path, "metric": "greedy_match", "prompt": "prompt", "completion": "answer"}
 
 
-def figures(result: SweepResult, out: Path) -> dict[str, Any]:
+def figures(alone: SweepResult, result: SweepResult, out: Path) -> dict[str, Any]:
     """Full tuning at its best rate, the winner over its seeds on validation and on test, and what was aimed at."""
     write_text(out / "front.svg", draw_front(result))
-    full, winner = best_full(result), winning(result)
+    full, winner = best_full(alone), winning(result)
     test = result.winner.test if result.winner else None
     found: dict[str, Any] = {
         "strategies": len(result.strategies),
@@ -213,6 +237,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--skills", type=Path, help="A folder of skills that are written already.")
     parser.add_argument("--rows", type=int, default=1600, help="To learn a skill from at most; half as many to test.")
     parser.add_argument("--trials", type=int, default=33)
+    parser.add_argument("--full-trials", type=int, default=6, help="Rates at which full tuning alone is tried.")
     parser.add_argument("--trials-per-gpu", type=int, default=4)
     parser.add_argument("--cpu", action="store_true")
     return parser.parse_args()
