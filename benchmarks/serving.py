@@ -74,7 +74,7 @@ def parse() -> argparse.Namespace:
     which.add_argument("--shape", choices=sorted(SHAPES))
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, help="at every concurrency; four times as many as are running, and 16")
+    parser.add_argument("--waves", type=int, default=4, help="requests, as a multiple of those that run; 8 at least")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--clients", type=int, default=1, help="processes that ask")
     parser.add_argument("--prompt-tokens", type=int, default=120)
@@ -110,7 +110,7 @@ def measure_both(arguments: argparse.Namespace, load: Load, scratch: Path) -> li
     """A row for every concurrency, with both servers' medians and their ratio."""
     with bare(arguments, scratch) as theirs, tenure(arguments, scratch) as ours, _clients(arguments.clients) as pool:
         for server in (ours, theirs):
-            put_on(pool, arguments.clients, server, load, 2 * max(arguments.concurrency), max(arguments.concurrency))
+            put_on(pool, arguments.clients, server, load, max(arguments.concurrency), max(arguments.concurrency))
         return [compare(pool, ours, theirs, load, count, arguments) for count in arguments.concurrency]
 
 
@@ -122,7 +122,7 @@ def compare(
     pool: ProcessPoolExecutor, ours: Server, theirs: Server, load: Load, running: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Both servers by turns at one concurrency."""
-    requests = arguments.requests or max(16, 4 * running)
+    requests = max(8, arguments.waves * running)
     found: dict[str, list[Figures]] = {"tenure": [], "vllm": []}
     for _ in range(arguments.repeats):
         for name, server in (("tenure", ours), ("vllm", theirs)):

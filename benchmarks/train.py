@@ -11,8 +11,8 @@ second trains random models of a shape, each side in a fresh process, in turns; 
 
 Tenure runs as a user's run does: DeepSpeed, fp32 masters, and what it chooses by itself. Peers have bf16 weights and
 fused AdamW on them, and no activation checkpointing (`--recompute` switches it on for them, where they have no room);
-packed TRL takes as many rows of 2048 as hold about as many tokens. On a processor all is fp32. Steps that warm up are
-left out.
+packed TRL takes as many rows of 2048 as hold about as many tokens. On a processor all is fp32, with micro-batches of 8;
+`--keys '{"precision": "bf16"}' --zero-stage 0` has Tenure train in bf16 there. Steps that warm up are left out.
 
 A token costs 6 FLOP for every weight that it is multiplied with, 4 where the weight is frozen, and in attention
 6 x layers x width x the mean length before it doubled; nothing that is computed twice counts twice.
@@ -102,7 +102,6 @@ def make_folder(shape: str, inputs: Path, folder: Path) -> None:
     config = make_config(shape, {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id})
     config.save_pretrained(folder)
     write_hollow(folder / "model.safetensors", shape)
-    make_long_rows(inputs, folder / "long.jsonl", 4 * max(ROW, 4096))
 
 
 def make_config(shape: str, ids: dict[str, int]) -> Any:
@@ -128,17 +127,20 @@ def write_hollow(file: Path, shape: str) -> None:
         stream.truncate(8 + len(text) + end)
 
 
-def make_long_rows(inputs: Path, file: Path, characters: int) -> None:
-    """Rows that are longer than any that is trained, from the instructions one after the other."""
+def make_long_text(inputs: Path, file: Path, row: int) -> None:
+    """One text of the instructions that is cut, its end token included, into pieces of exactly `row` tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(inputs)
     lines = [json.loads(line) for line in (inputs / "rows.jsonl").open()]
-    texts = itertools.cycle(f"{line['prompt']} {line['completion']}" for line in lines)
-    with file.open("w") as stream:
-        for _ in range(64):
-            parts, length = [], 0
-            while length < 2 * characters:
-                parts.append(next(texts))
-                length += len(parts[-1])
-            stream.write(json.dumps({"text": "\n".join(parts)}) + "\n")
+    text = "\n".join(f"{line['prompt']} {line['completion']}" for line in lines)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    wanted = len(ids) // (row - 1) * (row - 1)
+    for spare in range(64):  # a text that is cut between tokens need not fall into the same ones
+        text = tokenizer.decode(ids[: wanted - spare]) + " a" * spare
+        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == wanted:
+            break
+    file.write_text(json.dumps({"text": text}) + "\n")
 
 
 def random_model(folder: Path, gpu: bool) -> Any:
@@ -278,7 +280,8 @@ def wait(gpu: bool) -> None:
 def peer_settings(work: Work, side: str) -> dict[str, Any]:
     """What Trainer and TRL are told alike."""
     packed = "packed" in side
-    micro = {"fixed": work.batch, "instructions": 3 if packed else 16}[work.lengths]
+    rows = min(work.batch, 16 if work.gpu else 8)
+    micro = {"fixed": work.batch, "instructions": 3 if packed else rows}[work.lengths]
     return {
         "output_dir": str(work.folder / "peer"),
         "per_device_train_batch_size": micro,
@@ -310,8 +313,9 @@ def encoded_rows(work: Work) -> list[dict[str, list[int]]]:
 
     tokenizer = AutoTokenizer.from_pretrained(work.inputs)
     if work.is_fixed:
-        lines = [json.loads(line)["text"] for line in (work.folder / "long.jsonl").open()]
-        made = [tokenizer(line, add_special_tokens=False)["input_ids"][: work.row] for line in lines]
+        text = json.loads((work.folder / "long.jsonl").read_text())["text"]
+        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        made = [ids[start : start + work.row] for start in range(0, len(ids) - 1, work.row - 1)]
         return [{"input_ids": ids, "labels": ids} for ids in made]
     rows = []
     for line in (work.inputs / "rows.jsonl").open():
@@ -449,6 +453,7 @@ def compare(arguments: argparse.Namespace, shape: str, tuning: str, lengths: str
     """All sides in turns at one shape, tuning and kind of rows."""
     folder = arguments.out.parent / f".model-{shape}"
     make_folder(shape, arguments.inputs, folder)
+    make_long_text(arguments.inputs, folder / "long.jsonl", arguments.row or row_of(shape))
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in arguments.sides}
     for turn in range(arguments.turns):
         for side in arguments.sides:
@@ -467,7 +472,7 @@ def run_apart(arguments: argparse.Namespace, given: list[str]) -> dict[str, Any]
     """One side in a process of its own; None, aloud, where it fails."""
     given += ["--inputs", str(arguments.inputs), "--steps", str(arguments.steps), "--keys", json.dumps(arguments.keys)]
     given += ["--recompute"] if arguments.recompute else []
-    given += ["--zero-stage", json.dumps(arguments.zero_stage)]
+    given += ["--zero-stage", arguments.zero_stage]
     for name in ("batch", "row"):
         given += [f"--{name}", str(getattr(arguments, name))] if getattr(arguments, name) else []
     given += ["--profile", str(arguments.profile)] if arguments.profile and "tenure" in given else []
@@ -536,7 +541,7 @@ def work_of(arguments: argparse.Namespace) -> Work:
         row=arguments.row or (row_of(shape) if lengths == "fixed" else ROW),
         keys=arguments.keys,
         recompute=arguments.recompute,
-        zero_stage=arguments.zero_stage,
+        zero_stage="auto" if arguments.zero_stage == "auto" else int(arguments.zero_stage),
         profile=arguments.profile,
     )
 
@@ -555,7 +560,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="examples a step")
     parser.add_argument("--row", type=int, help="tokens of a row")
     parser.add_argument("--keys", type=json.loads, default={}, help="more keys of training, as JSON, for Tenure")
-    parser.add_argument("--zero-stage", type=json.loads, default="auto", help="of Tenure; 1: with DeepSpeed")
+    parser.add_argument("--zero-stage", choices=("auto", "0", "1"), default="auto", help="of Tenure; 1: with DeepSpeed")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing for the peers")
     parser.add_argument("--profile", type=Path, help="where Tenure's kernels of one step are written")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for one side's process")

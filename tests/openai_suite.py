@@ -1,8 +1,16 @@
-"""What any client of OpenAI's API expects, as cases over the official client; also run against vLLM's own server."""
+"""What any client of OpenAI's API expects, as cases over the official client.
+
+    python tests/openai_suite.py http://127.0.0.1:8000/v1 MODEL
+
+asks another server the same, such as vLLM's own, and tells what it does otherwise.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -257,8 +265,167 @@ def models_are_listed(client: openai.OpenAI, model: str) -> None:
     assert model in {found.id for found in client.models.list()}
 
 
+def chat_takes_tools_without_calling_one(client: openai.OpenAI, model: str) -> None:
+    function = {"name": "weather", "parameters": {"type": "object", "properties": {"town": {"type": "string"}}}}
+    message = _chat(client, model, tools=[{"type": "function", "function": function}], tool_choice="none")
+    assert not message.choices[0].message.tool_calls
+
+
+def chat_takes_an_empty_text(client: openai.OpenAI, model: str) -> None:
+    assert _chat(client, model, "").choices
+
+
+def chat_takes_a_speakers_name(client: openai.OpenAI, model: str) -> None:
+    messages: Any = [{"role": "user", "name": "Ada", "content": "Hi"}]
+    assert client.chat.completions.create(model=model, messages=messages, max_tokens=2).choices
+
+
+def chat_takes_several_stop_words(client: openai.OpenAI, model: str) -> None:
+    assert _chat(client, model, stop=["never said", "nor this"]).choices
+
+
+def chat_streams_to_a_schema(client: openai.OpenAI, model: str) -> None:
+    schema = {"type": "string", "enum": ["yes", "no"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    text, _ = _streamed(_chat(client, model, response_format=wanted, max_tokens=20, stream=True))
+    assert json.loads(text) in ("yes", "no")
+
+
+def chat_streams_unicode_whole(client: openai.OpenAI, model: str) -> None:
+    text, _ = _streamed(_chat(client, model, UNICODE, stream=True, max_tokens=60))
+    assert text == _chat(client, model, UNICODE, max_tokens=60).choices[0].message.content
+
+
+def chat_streams_one_end(client: openai.OpenAI, model: str) -> None:
+    _, pieces = _streamed(_chat(client, model, stream=True))
+    assert sum(bool(piece.choices and piece.choices[0].finish_reason) for piece in pieces) == 1
+
+
+def chat_streams_events_that_end_in_done(client: openai.OpenAI, model: str) -> None:
+    messages: Any = [{"role": "user", "content": "Hi"}]
+    create = client.chat.completions.with_streaming_response.create
+    with create(model=model, messages=messages, max_tokens=3, stream=True) as raw:
+        assert raw.headers["content-type"].startswith("text/event-stream")
+        events = [line for line in raw.iter_lines() if line]
+    assert events[-1] == "data: [DONE]"
+    assert all(event.startswith("data: ") for event in events)
+
+
+def chat_names_every_answer_anew(client: openai.OpenAI, model: str) -> None:
+    assert len({_chat(client, model).id for _ in range(3)}) == 3
+
+
+def chat_tells_when(client: openai.OpenAI, model: str) -> None:
+    assert abs(_chat(client, model).created - time.time()) < 60
+
+
+def chat_takes_the_engines_own_options(client: openai.OpenAI, model: str) -> None:
+    reply = _chat(client, model, extra_body={"min_tokens": LENGTH, "ignore_eos": True})
+    assert reply.usage.completion_tokens == LENGTH
+
+
+def chat_in_parallel_streams(client: openai.OpenAI, model: str) -> None:
+    def one(number: int) -> bool:
+        _, pieces = _streamed(_chat(client, model, f"Question {number}", stream=True))
+        return pieces[-1].choices[0].finish_reason in ("stop", "length")
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(one, range(16)))
+
+
+def chat_answers_an_asynchronous_client(client: openai.OpenAI, model: str) -> None:
+    async def ask() -> list[Any]:
+        http = openai.DefaultAsyncHttpxClient(trust_env=False)
+        messages: Any = [{"role": "user", "content": "Hi"}]
+        async with openai.AsyncOpenAI(base_url=client.base_url, api_key=client.api_key, http_client=http) as other:
+            stream = await other.chat.completions.create(model=model, messages=messages, max_tokens=3, stream=True)
+            return [piece async for piece in stream]
+
+    assert asyncio.run(ask())[-1].choices[0].finish_reason in ("stop", "length")
+
+
+def completion_ends_at_stop_words(client: openai.OpenAI, model: str) -> None:
+    whole = _complete(client, model).choices[0].text
+    stop = whole[len(whole) // 2 :][:1]
+    assert stop not in _complete(client, model, stop=stop).choices[0].text
+
+
+def completion_gives_n_answers(client: openai.OpenAI, model: str) -> None:
+    assert [choice.index for choice in _complete(client, model, n=2, temperature=1.0).choices] == [0, 1]
+
+
+def completion_streams_n_answers(client: openai.OpenAI, model: str) -> None:
+    pieces = list(_complete(client, model, n=2, temperature=1.0, stream=True))
+    assert {choice.index for piece in pieces for choice in piece.choices} == {0, 1}
+
+
+def completion_repeats_with_a_seed(client: openai.OpenAI, model: str) -> None:
+    assert len({_complete(client, model, seed=7, temperature=1.0).choices[0].text for _ in range(2)}) == 1
+
+
+def completion_streams_log_probabilities(client: openai.OpenAI, model: str) -> None:
+    pieces = list(_complete(client, model, logprobs=1, stream=True))
+    assert any(piece.choices and piece.choices[0].logprobs for piece in pieces)
+
+
+def completion_takes_unicode(client: openai.OpenAI, model: str) -> None:
+    assert _complete(client, model, UNICODE).choices
+
+
+def completion_takes_several_prompts_of_token_ids(client: openai.OpenAI, model: str) -> None:
+    assert _complete(client, model, [[5, 6], [7, 8, 9]]).usage.prompt_tokens == 5
+
+
+def a_top_p_above_one_is_a_400(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.BadRequestError):
+        _chat(client, model, top_p=2)
+
+
+def no_list_of_messages_is_a_400(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.BadRequestError):
+        client.post("/chat/completions", body={"model": model, "messages": "Hi"}, cast_to=object)
+
+
+def too_many_log_probabilities_are_a_400(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.BadRequestError):
+        _chat(client, model, logprobs=True, top_logprobs=1000)
+
+
+def an_unknown_path_is_a_404(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.post("/nothing", body={"model": model}, cast_to=object)
+
+
+def errors_tell_message_and_kind(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        _complete(client, model, [5] * 5000)
+    assert isinstance(caught.value.body, dict)
+    assert {"message", "type", "param", "code"} <= set(caught.value.body)
+
+
+def models_can_be_looked_up(client: openai.OpenAI, model: str) -> None:
+    assert client.models.retrieve(model).id == model
+
+
 CASES: tuple[Case, ...] = tuple(
     case
     for name, case in sorted(globals().items())
     if name.startswith(("chat_", "completion_", "too_", "an_", "a_", "no_", "errors_", "models_"))
 )
+
+
+def main(url: str, model: str) -> None:
+    """Every case against a server, and those that failed."""
+    http = openai.DefaultHttpxClient(trust_env=False)
+    otherwise = {}
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120, http_client=http) as client:
+        for case in CASES:
+            try:
+                case(client, model)
+            except (AssertionError, openai.OpenAIError, pytest.fail.Exception) as error:
+                otherwise[case.__name__] = f"{type(error).__name__}: {error}"[:300]
+    print(json.dumps({"cases": len(CASES), "otherwise": otherwise}, indent=1))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

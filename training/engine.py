@@ -75,7 +75,7 @@ def build_optimizer(model: torch.nn.Module, spec: RunSpec) -> torch.optim.Optimi
 
 def _in_one_pass(spec: RunSpec) -> bool:
     """Whether OneWorker's step can be one pass; for the few weights of LoRA it does not matter, which has hooks."""
-    alone = spec.scaling.workers == 1 and spec.scaling.zero_stage in ("auto", 0)
+    alone = spec.scaling.workers == 1 and spec.scaling.zero_stage == 0
     return alone and spec.training.precision == "bf16" and not isinstance(spec.tuning, Lora)
 
 

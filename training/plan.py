@@ -345,9 +345,8 @@ def _zero_stage(
     given = spec.scaling.zero_stage
     if given != "auto":
         return given
-    # ZeRO 1 is the first stage at which DeepSpeed accumulates bf16 gradients in fp32; one GPU needs no DeepSpeed.
-    alone = spec.scaling.workers == 1 and spec.scaling.gpus_per_worker > 0
-    least = 1 if spec.training.precision == "bf16" and not alone else 0
+    # ZeRO 1 is the first stage at which DeepSpeed accumulates bf16 gradients in fp32.
+    least = 1 if spec.training.precision == "bf16" else 0
     stages = [s for s in range(least, 4) if tuning_refusal(spec.tuning, s, spec.scaling.gpus_per_worker) is None]
     if limit_bytes is None or spec.scaling.workers == 1:
         return stages[0]
