@@ -6,6 +6,7 @@ constructor arguments that `ray.serve.llm` offers for it; importing this module 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from functools import partial
@@ -97,13 +98,15 @@ class AdapterServer(LLMServer):  # type: ignore[misc]
         app = await self.engine.build_asgi_app()
         self.engine._oai_models = app.state.openai_serving_models  # Ray 2.58 gives its app another list of adapters
         self._leases = Leases()
+        self._loading = asyncio.Lock()
         host = node_address()
         app.state.server, port = await listen(self._leases.guard(app), Listen(host, 0))
         self._url = f"http://{host}:{port}"
 
     async def lease(self, ticket: str) -> AsyncIterator[str]:
         """The address of this engine's server, for one request with this ticket; lasts until that is over."""
-        await self._maybe_resolve_lora_from_multiplex()
+        async with self._loading:  # vLLM refuses an adapter that is asked for again while it is loaded
+            await self._maybe_resolve_lora_from_multiplex()
         async for url in self._leases.grant(ticket, self._url):
             yield url
 
