@@ -46,7 +46,7 @@ def doctor(context: click.Context, address: str | None) -> None:
     console.print(table(columns, rows))
     for link in found.links:
         told = "nothing" if link.bytes_s is None else f"{link.bytes_s / 1e9:.2f} GB/s"
-        console.print(f"{link.source} to {link.target}: {told}")
+        console.print(f"{link.source} to {link.target} by {link.by}: {told}")
     if found.problems:
         print_error(TenureError(found.problems))
         raise SystemExit(1)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from training.errors import Problem
 
@@ -17,6 +18,7 @@ SLOWEST_BYTES_S = 0.1e9
 _CLOCK_S = 1.0
 _SHM_BYTES = 2 * GIB
 _DISK_BYTES = 10 * GIB
+_GPU_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,23 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class Link:
-    """Bytes a second from one node to another, or why nothing came through."""
+    """Bytes a second from one node to another, or why nothing came through; `by` is gloo, or NCCL between GPUs."""
 
     source: str
     target: str
     bytes_s: float | None
     fault: str = ""
+    by: str = "gloo"
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A port of a node, by what listens there, that another node does not reach."""
+
+    source: str
+    target: str
+    port: int
+    what: str
 
 
 @dataclass(frozen=True)
@@ -51,13 +64,14 @@ class Diagnosis:
 
     nodes: tuple[NodeFacts, ...]
     links: tuple[Link, ...]
+    closed: tuple[Closed, ...] = ()
     problems: tuple[Problem, ...] = field(default=())
 
 
-def diagnose(nodes: Sequence[NodeFacts], links: Sequence[Link]) -> tuple[Problem, ...]:
+def diagnose(nodes: Sequence[NodeFacts], links: Sequence[Link], closed: Sequence[Closed] = ()) -> tuple[Problem, ...]:
     """What is wrong, and how to mend it, in the order of what a run needs first."""
-    found = (*_versions(nodes), *_workspace(nodes), *_gpus(nodes), *_sizes(nodes), *_clocks(nodes), *_links(links))
-    return (*found, *_authentication(nodes))
+    of_nodes = (*_versions(nodes), *_workspace(nodes), *_gpus(nodes), *_sizes(nodes), *_clocks(nodes))
+    return (*of_nodes, *_ports(closed), *_links(links), *_authentication(nodes))
 
 
 def _versions(nodes: Sequence[NodeFacts]) -> Iterator[Problem]:
@@ -104,14 +118,22 @@ def _clocks(nodes: Sequence[NodeFacts]) -> Iterator[Problem]:
             yield Problem(what, node.host, "run chrony or ntpd; logs and caches go by the time")
 
 
+def _ports(closed: Sequence[Closed]) -> Iterator[Problem]:
+    """The ports that one node does not reach at another, told together."""
+    for pair in dict.fromkeys((one.source, one.target) for one in closed):
+        told = ", ".join(f"{one.port} ({one.what})" for one in closed if (one.source, one.target) == pair)
+        instead = "let all nodes reach each other at all ports; Ray and gloo choose most of theirs when they start"
+        yield Problem(f"these ports are not reached: {told}", f"{pair[0]} to {pair[1]}", instead)
+
+
 def _links(links: Sequence[Link]) -> Iterator[Problem]:
     for link in links:
         where = f"{link.source} to {link.target}"
         if link.bytes_s is None:
             instead = "open all ports between nodes; set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME for ray start"
-            yield Problem(f"nothing came through by gloo: {link.fault}", where, instead)
+            yield Problem(f"nothing came through by {link.by}: {link.fault}", where, instead)
         elif link.bytes_s < SLOWEST_BYTES_S:
-            what = f"gloo carries {link.bytes_s / 1e9:.2f} GB/s"
+            what = f"{link.by} carries {link.bytes_s / 1e9:.2f} GB/s"
             yield Problem(what, where, "check the interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), or prefer ZeRO 1")
 
 
@@ -124,62 +146,114 @@ def _authentication(nodes: Sequence[NodeFacts]) -> Iterator[Problem]:
 def examine(workspace: Path) -> Diagnosis:
     """Ask every node of the Ray that this process is connected to."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from cluster.doctor_probe import Probe
 
     mark = secrets.token_hex(8)
     marker = workspace / f".doctor-{mark}"
     workspace.mkdir(parents=True, exist_ok=True)
     marker.write_text(mark, encoding="utf-8")
-    probes = {}
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    probes = {node["NodeManagerAddress"]: _probe_on(node) for node in alive}
     try:
-        for node in ray.nodes():
-            if node["Alive"]:
-                pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                name = node["NodeManagerAddress"]
-                probes[name] = ray.remote(Probe).options(num_cpus=0, scheduling_strategy=pinned).remote(name)
         nodes = tuple(_ask(probe, marker, mark) for probe in probes.values())
-        links = tuple(_measure(probes))
+        closed = tuple(_try_ports(alive, probes))
+        apart = {frozenset((one.source, one.target)) for one in closed}
+        links = (*_measure(probes, apart), *_measure_gpus(alive, apart))
     finally:
         marker.unlink(missing_ok=True)
         for answer in workspace.glob(f"{marker.name}-*"):
             answer.unlink(missing_ok=True)
         for probe in probes.values():
             ray.kill(probe)
-    return Diagnosis(nodes, links, diagnose(nodes, links))
+    return Diagnosis(nodes, links, closed, diagnose(nodes, links, closed))
 
 
-def _ask(probe: object, marker: Path, mark: str) -> NodeFacts:
+def _probe_on(node: dict[str, Any], gpus: int = 0) -> Any:
+    """A probe on a node, which waits for a GPU of it if it wants one."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from cluster.doctor_probe import Probe
+
+    pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    made = ray.remote(Probe).options(num_cpus=0, num_gpus=gpus, scheduling_strategy=pinned)
+    return made.remote(node["NodeManagerAddress"])
+
+
+# What listens on every node, by its key in what Ray tells of the node.
+_LISTENERS = {"NodeManagerPort": "Ray's node manager", "ObjectManagerPort": "Ray's object manager"}
+
+
+def _try_ports(alive: Sequence[dict[str, Any]], probes: dict[str, Any]) -> Iterator[Closed]:
+    """What a node does not reach at another: Ray's own ports, and one that is chosen when it is needed."""
+    import ray
+
+    for target in alive:
+        host = target["NodeManagerAddress"]
+        chosen = ray.get(probes[host].listen.remote(), timeout=30)
+        ports = {int(target[key]): what for key, what in _LISTENERS.items() if target.get(key)}
+        ports[chosen] = "one chosen by the system"
+        others = {name: probe.unreached.remote(host, list(ports)) for name, probe in probes.items() if name != host}
+        for name, asked in others.items():
+            yield from (Closed(name, host, port, ports[port]) for port in ray.get(asked, timeout=60))
+
+
+def _ask(probe: Any, marker: Path, mark: str) -> NodeFacts:
     import time
 
     import ray
 
-    facts: NodeFacts = ray.get(probe.facts.remote(str(marker), mark), timeout=120)  # type: ignore[attr-defined]
+    facts: NodeFacts = ray.get(probe.facts.remote(str(marker), mark), timeout=120)
     asked = time.time()
-    told: float = ray.get(probe.now.remote(), timeout=30)  # type: ignore[attr-defined]
+    told: float = ray.get(probe.now.remote(), timeout=30)
     offset = told - (asked + time.time()) / 2
     answered = Path(f"{marker}-{facts.host}").is_file()
     fault = facts.workspace or (None if answered else "what it wrote there is not seen from here")
     return NodeFacts(**{**vars(facts), "clock_offset_s": offset, "workspace": fault})
 
 
-def _measure(probes: dict[str, object]) -> Iterator[Link]:
-    """Every pair, one after the other, so that none has to share the network."""
+def _measure(probes: dict[str, Any], apart: set[frozenset[str]], by: str = "gloo") -> Iterator[Link]:
+    """Every pair that reaches each other, one after the other, so that none has to share the network."""
+    for source, target in itertools.combinations(probes, 2):
+        if frozenset((source, target)) not in apart:
+            yield _exchange(probes, source, target, by)
+
+
+def _exchange(probes: dict[str, Any], source: str, target: str, by: str) -> Link:
     import ray
     from ray.exceptions import RayError
 
-    for source, target in itertools.combinations(probes, 2):
-        where = ray.get(probes[source].address.remote(), timeout=30)  # type: ignore[attr-defined]
-        sides = [
-            probes[name].exchange.remote(rank, where)  # type: ignore[attr-defined]
-            for rank, name in enumerate((source, target))
-        ]
-        try:
-            yield Link(source, target, min(ray.get(sides, timeout=90)))
-        except (RayError, TimeoutError) as error:
-            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            yield Link(source, target, None, lines[-1][:200])
+    try:
+        where = ray.get(probes[source].address.remote(), timeout=30)
+        sides = [probes[name].exchange.remote(rank, where, by) for rank, name in enumerate((source, target))]
+        return Link(source, target, min(ray.get(sides, timeout=90)), by=by)
+    except (RayError, TimeoutError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        return Link(source, target, None, lines[-1][:200], by)
+
+
+def _measure_gpus(alive: Sequence[dict[str, Any]], apart: set[frozenset[str]]) -> Iterator[Link]:
+    """By NCCL, between the first free GPUs of nodes that have some; a node whose GPUs are taken is left out."""
+    import ray
+
+    having = [node for node in alive if node["Resources"].get("GPU", 0) >= 1]
+    probes = {node["NodeManagerAddress"]: _probe_on(node, gpus=1) for node in having} if len(having) > 1 else {}
+    try:
+        ready = {name: probe for name, probe in probes.items() if _answers(probe)}
+        yield from _measure(ready, apart, "nccl")
+    finally:
+        for probe in probes.values():
+            ray.kill(probe)
+
+
+def _answers(probe: Any) -> bool:
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    try:
+        ray.get(probe.now.remote(), timeout=_GPU_S)
+    except GetTimeoutError:
+        return False
+    return True
 
 
 def authentication_mode() -> str:

@@ -17,6 +17,7 @@ from cluster.doctor import NodeFacts, authentication_mode
 _PACKAGES = ("ray", "torch", "deepspeed", "transformers", "peft")
 _MIB = 32
 _ROUNDS = 4
+_CONNECT_S = 3.0
 _PATIENCE = timedelta(seconds=30)
 
 
@@ -60,22 +61,44 @@ class Probe:
             free.bind(("", 0))
             return f"tcp://{self.host}:{free.getsockname()[1]}"
 
-    def exchange(self, rank: int, where: str) -> float:
-        """Bytes a second of gloo's broadcast from the first of two nodes to the second."""
+    def listen(self) -> int:
+        """A port that the system chose, at which this node accepts connections as long as the probe is there."""
+        self._listener = socket.socket()
+        self._listener.bind((self.host, 0))
+        self._listener.listen()
+        return int(self._listener.getsockname()[1])
+
+    def unreached(self, host: str, ports: list[int]) -> list[int]:
+        """Those of another node's ports that do not accept a connection within three seconds."""
+        return [port for port in ports if not _accepts(host, port)]
+
+    def exchange(self, rank: int, where: str, backend: str) -> float:
+        """Bytes a second of a broadcast, by gloo or NCCL, from the first of two nodes to the second."""
         import torch
         import torch.distributed as dist
 
-        tensor = torch.zeros(_MIB * 2**18)
-        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2, timeout=_PATIENCE)
+        tensor = torch.zeros(_MIB * 2**18, device="cuda" if backend == "nccl" else "cpu")
+        dist.init_process_group(backend, init_method=where, rank=rank, world_size=2, timeout=_PATIENCE)
         try:
             dist.broadcast(tensor, 0)
+            dist.barrier()
             started = time.monotonic()
             for _ in range(_ROUNDS):
                 dist.broadcast(tensor, 0)
             dist.barrier()
+            if backend == "nccl":
+                torch.cuda.synchronize()
             return _ROUNDS * _MIB * 2**20 / (time.monotonic() - started)
         finally:
             dist.destroy_process_group()
+
+
+def _accepts(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _installed() -> dict[str, str]:

@@ -91,6 +91,7 @@ def command_line(folder: Path, workspace: Workspace, run_id: str) -> list[str]:
         "train": ["resume", run_id] if begun else ["train", spec, "--id", run_id],
         "sequence": ["resume", run_id] if begun else ["sequence", spec, "--id", run_id],
         "sweep": ["sweep", "--resume", run_id] if begun else ["sweep", spec],
+        "eval": ["eval", spec, "--of", job.get("of", ""), "--id", run_id],
         "serve": ["serve", subject],
     }
     return ways[command] + _address()

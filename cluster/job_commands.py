@@ -18,25 +18,27 @@ ADDRESS = click.option(
     help="The head's dashboard, http://HOST:8265; also from RAY_API_SERVER_ADDRESS.",
 )
 JOB = click.argument("job", metavar="ID")
+KINDS = ["train", "sweep", "sequence", "eval", "serve"]
 
 
 @click.command("submit")
-@click.argument(
-    "kind", metavar="train|sweep|sequence|serve", type=click.Choice(["train", "sweep", "sequence", "serve"])
-)
+@click.argument("kind", metavar="|".join(KINDS), type=click.Choice(KINDS))
 @click.argument("subject", metavar="SPEC")
 @ADDRESS
 @click.option("--id", "run_id", help="The run's id. Default: the spec's name and the time; of a sweep its name.")
+@click.option("--of", metavar="RUN|FOLDER", help="For eval: a run of that workspace, or an artifact's absolute path.")
 @click.option("-f", "--follow", is_flag=True, help="Show what it writes until it ends, and end with its status.")
 @click.pass_context
-def submit_job(context: click.Context, kind: str, subject: str, address: str, run_id: str | None, follow: bool) -> None:
+def submit_job(
+    context: click.Context, kind: str, subject: str, address: str, run_id: str | None, of: str | None, follow: bool
+) -> None:
     """Submit SPEC (to serve, a run) to a cluster. --workspace is a folder there that every node sees."""
     from cluster.jobs import submit
 
     place = given_workspace(context)
     if place is None:
         raise click.UsageError("say where runs lie on the cluster: tenure --workspace /SHARED/FOLDER submit ...")
-    chosen, packed = submit(kind, subject, address=address, workspace=place, run_id=run_id)  # type: ignore[arg-type]
+    chosen, packed = submit(kind, subject, address=address, workspace=place, run_id=run_id, of=of)  # type: ignore[arg-type]
     click.echo(f"submitted {chosen}: {len(packed.files)} files of {packed.num_bytes / 2**20:.1f} MiB beside the code")
     for path in packed.shared:
         click.echo(f"  every node must see {path}")

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -22,8 +22,7 @@ from cluster.machines import Node, nodes_of
 from cluster.packing import Packed, pack
 from training.errors import TenureError, fail
 
-Command = Literal["train", "sweep", "sequence", "serve"]
-COMMANDS: tuple[Command, ...] = ("train", "sweep", "sequence", "serve")
+Command = Literal["train", "sweep", "sequence", "eval", "serve"]
 RAY_VERSIONS = ((2, 58), (2, 60))
 _DASHBOARD_PORT = 8265
 _CONNECT_S = 5.0
@@ -43,15 +42,23 @@ class Job:
     started_s: float | None
     ended_s: float | None
     exit_status: int | None
+    waits: str = ""
+    """For what, if it waits."""
 
     @property
     def told(self) -> str:
         """How it stands, in words."""
-        return _STATUSES.get(self.exit_status or 0, self.state.lower())
+        return self.waits or _STATUSES.get(self.exit_status or 0, self.state.lower())
 
 
 def submit(
-    command: Command, subject: str | Path, *, address: str, workspace: str, run_id: str | None = None
+    command: Command,
+    subject: str | Path,
+    *,
+    address: str,
+    workspace: str,
+    run_id: str | None = None,
+    of: str | None = None,
 ) -> tuple[str, Packed]:
     """Submit a spec (or, to serve, a run) to a cluster; the run's id, and what was packed.
 
@@ -60,6 +67,7 @@ def submit(
             RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, with RAY_AUTH_MODE=token.
         workspace: an absolute path that every node of the cluster sees.
         run_id: its name; by default made of the spec's name and the time. A sweep's is its name.
+        of: what `eval` scores: a run of that workspace, or the absolute path of an artifact that every node sees.
 
     Raises:
         TenureError: the spec is not valid, a file is too large, the cluster does not answer or refuses, or is smaller
@@ -67,6 +75,7 @@ def submit(
     """
     if not PurePosixPath(workspace).is_absolute():
         raise fail(f"'{workspace}' is no absolute path", "--workspace", "name a folder that every node sees")
+    check_scored(command, of)
     spec = None if command == "serve" else Path(subject)
     name, wants = _read(command, spec) if spec else (f"serve-{subject}", {})
     chosen = run_id or (name if command == "sweep" else f"{name}-{time.strftime('%y%m%d-%H%M%S')}")
@@ -74,7 +83,7 @@ def submit(
     client = connect(address)
     _check_room(client, wants)
     with tempfile.TemporaryDirectory(prefix="tenure-") as scratch:
-        packed = pack(command, str(subject), chosen, spec, Path(scratch))
+        packed = pack(command, str(subject), chosen, spec, Path(scratch), of)
         _send(client, chosen, workspace, {"working_dir": scratch}, {"command": command, "workspace": workspace})
     return chosen, packed
 
@@ -105,7 +114,8 @@ def resume(run_id: str, *, address: str, workspace: str | None = None) -> None:
 
 def list_jobs(address: str) -> list[Job]:
     """All jobs that Tenure submitted to a cluster, the newest first."""
-    jobs = [job for job in _list(connect(address)) if job.command]
+    client = connect(address)
+    jobs = [_with_wait(client, job) for job in _list(client) if job.command]
     return sorted(jobs, key=lambda job: job.started_s or 0.0, reverse=True)
 
 
@@ -115,7 +125,18 @@ def job_of(run_id: str, address: str) -> Job:
     Raises:
         TenureError: the cluster knows none of that id.
     """
-    return _known(connect(address), run_id, address)
+    client = connect(address)
+    return _with_wait(client, _known(client, run_id, address))
+
+
+def _with_wait(client: Any, job: Job) -> Job:
+    """The job, with what it waits for: what it says last, while it runs."""
+    from training.waiting import wait_in
+
+    if job.state != "RUNNING":
+        return job
+    with _answers(client):
+        return replace(job, waits=wait_in(str(client.get_job_logs(job.id))))
 
 
 def logs_of(run_id: str, address: str) -> str:
@@ -212,6 +233,18 @@ def _url(address: str) -> str:
     return f"{parts.scheme}://{parts.hostname}:{port}{parts.path}"
 
 
+def check_scored(command: Command, of: str | None) -> None:
+    """Refuse an evaluation of nothing, of what other nodes do not see, and other commands that name an artifact."""
+    if command != "eval":
+        if of:
+            raise fail(f"{command} scores no artifact that is there", "--of", "leave it out, or: tenure submit eval")
+        return
+    if not of:
+        raise fail("an evaluation scores an artifact", "--of", "name a run of that workspace, or an artifact's folder")
+    if "/" in of and not PurePosixPath(of).is_absolute():
+        raise fail(f"'{of}' is no absolute path", "--of", "put the artifact where every node sees it")
+
+
 def _read(command: Command, spec: Path) -> tuple[str, dict[str, float]]:
     """The name in a spec, valid but for its files, and what it claims of the cluster."""
     from cluster.session import needs
@@ -223,7 +256,8 @@ def _read(command: Command, spec: Path) -> tuple[str, dict[str, float]]:
         sweep, _ = load_sweep(spec, look_at_files=False)
         return sweep.title, needs(sweep.run.scaling)
     read = load_sequence(spec, look_at_files=False) if command == "sequence" else load_spec(spec, look_at_files=False)
-    return read.name, needs(read.scaling)
+    scaling = read.scaling.model_copy(update={"workers": 1, "min_workers": None}) if command == "eval" else read.scaling
+    return read.name, needs(scaling)
 
 
 def _check_id(run_id: str, title: str | None) -> None:

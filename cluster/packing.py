@@ -35,12 +35,13 @@ class Packed:
     shared: tuple[str, ...]
 
 
-def pack(command: str, subject: str, run_id: str, spec: Path | None, target: Path) -> Packed:
+def pack(command: str, subject: str, run_id: str, spec: Path | None, target: Path, of: str | None = None) -> Packed:
     """Lay out the folder of a job: code, job.json, and under files/ the spec with what it names.
 
     Args:
         subject: what the command is given, where it is no spec: the run to serve.
         spec: a spec's file, for commands that take one.
+        of: the artifact to score, for the one that scores one.
 
     Raises:
         TenureError: the spec cannot be read, or a file is too large to travel; names each.
@@ -54,7 +55,8 @@ def pack(command: str, subject: str, run_id: str, spec: Path | None, target: Pat
         for file in files:
             _copy(file, target / _FILES / file.relative_to(root))
         subject = str(Path(_FILES) / spec.resolve().relative_to(root))
-    write_json(target / JOB_FILE, {"id": run_id, "command": command, "subject": subject})
+    job = {"id": run_id, "command": command, "subject": subject}
+    write_json(target / JOB_FILE, {**job, "of": of} if of else job)
     return Packed(tuple(files), sum(sizes.values()), tuple(shared))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,16 +18,18 @@ from rich.markup import escape
 from cluster.screen import progress
 from cluster.session import needs, ray_session
 from training.aids import describe_aids, ready_aids, ready_data
-from training.attempts import Hands, room_for, train_to_the_end
+from training.attempts import Hands, train_to_the_end
 from training.errors import TenureError, fail
 from training.evaluation.presets import add_presets
 from training.evaluation.scorecard import Scorecard, read_scorecard
 from training.lineage import find_base, inherit_suites
 from training.plan import Plan, describe_replay, describe_tasks
+from training.processes import claim_of
 from training.spec import RunSpec, Scaling
 from training.specfile import load_spec
 from training.stages import begin_run, check_power, hash_training, memory_limit, plan_run, score_artifacts, spec_of
 from training.strategy import Replay
+from training.waiting import room_for, waits_told, worker_resources
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
 
@@ -111,7 +113,8 @@ def _stages(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard
         _train(run, spec, plan, workspace, console)
     log_metrics(workspace, run, tracking_id)
     console.print("scoring base and tuned on every suite")
-    scorecard = score_run(run, spec, workspace)
+    with waits_told(claim_of(spec.scaling), 1, teller(console)):
+        scorecard = score_run(run, spec, workspace)
     write_report(run)
     registered = register(workspace, run, spec, scorecard)
     finish_tracking(workspace, run, tracking_id, scorecard)
@@ -125,18 +128,23 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
 
     def train(plan: Plan, scaling: Scaling) -> None:
         write_json(run.plan, asdict(plan))
-        fit(make_job(spec, plan, prepared, run, hash_training(spec), aids), scaling, run)
+        with waits_told(worker_resources(scaling), scaling.workers, tell):
+            fit(make_job(spec, plan, prepared, run, hash_training(spec), aids), scaling, run)
 
     def replan(workers: int, micro: int | None) -> Plan:
         amended = _rescaled(spec, {"workers": workers}, {"micro_batch_size": micro} if micro else {})
         return plan_run(amended, workspace)[0]
 
+    tell = teller(console)
     drop_torn_row(run.metrics)
     console.print("scoring the base")
-    for line in check_power(run, spec, workspace):
+    with waits_told(claim_of(spec.scaling), 1, tell):
+        weak = check_power(run, spec, workspace)
+    for line in weak:
         console.print(f"[yellow]weak suite[/] {escape(line)}")
-    prepared = ready_data(spec, workspace, console)
-    aids = ready_aids(spec, prepared, workspace, run.logs, memory_limit(spec.scaling))
+    with waits_told(claim_of(spec.scaling), 1, tell):
+        prepared = ready_data(spec, workspace, console)
+        aids = ready_aids(spec, prepared, workspace, run.logs, memory_limit(spec.scaling))
     for line in describe_tasks(plan.tasks):
         console.print(line)
     if replay := spec.protection(Replay):
@@ -147,8 +155,13 @@ def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, cons
     console.print(f"training on {plan.workers} workers, ZeRO {plan.zero_stage}, {plan.steps} steps")
     run.notice.unlink(missing_ok=True)
     with progress(console, run.metrics, plan.steps), asked_by_signal(run):
-        hands = Hands(replan, train, room_for, lambda line: console.print(line, markup=False))
+        hands = Hands(replan, train, room_for, tell)
         train_to_the_end(run, spec, plan, hands)
+
+
+def teller(console: Console) -> Callable[[str], None]:
+    """Tells whole lines: who looks for one in a job's log finds it unbroken."""
+    return lambda line: console.print(line, markup=False, soft_wrap=True)
 
 
 def _rescaled(spec: RunSpec, scaling: dict[str, Any], training: dict[str, Any]) -> RunSpec:

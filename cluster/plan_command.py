@@ -44,7 +44,7 @@ def plan_command(
 
 def show_plan(path: Path, workspace: object, nodes: list[Node], price: float | None) -> None:
     from cluster import pipeline
-    from cluster.planning import advice, choices, nearest
+    from cluster.planning import advice, choices, nearest, short_of
     from cluster.screen import table
     from training.data.prepare import load_prepared, prepare
     from training.models import read_model_info
@@ -60,6 +60,8 @@ def show_plan(path: Path, workspace: object, nodes: list[Node], price: float | N
     best, console = made[0], Console(highlight=False)
     for line in describe(nodes):
         console.print(line, markup=False)
+    if short := short_of(spec, nodes):
+        console.print(short, markup=False)
     console.print(f"{plan.steps:,} steps of {plan.num_tokens_per_epoch / plan.steps_per_epoch:,.0f} tokens\n")
     console.print(f"[bold]{'set' if best.fits else 'refused'}[/] {advice(spec, best)}\n", soft_wrap=True)
     _show_memory(console, best)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cluster.machines import GIB, Gpu, Node
+from training.errors import fail
 from training.flops import flops_per_token, peak_flops
 from training.memory import MemoryParts, frozen_memory, memory_parts
 from training.models import ModelInfo
@@ -60,7 +61,11 @@ def choices(
     Args:
         longest: tokens of the longest row.
         gpu_hour: what a GPU hour costs.
+
+    Raises:
+        TenureError: the nodes hold not one worker.
     """
+    check_room(spec, nodes)
     made = [
         _choice(_recomputing(spec, again), info, plan, longest, nodes, workers, stage, micro, gpu_hour)
         for again in sorted({spec.training.gradient_checkpointing, True})
@@ -124,13 +129,40 @@ def _limit(spec: RunSpec, nodes: Sequence[Node], workers: int) -> int | None:
     return min((node.memory_bytes for node in nodes), default=0) // a_node or None
 
 
+def room_on(spec: RunSpec, nodes: Sequence[Node]) -> int:
+    """Workers that the nodes hold, whole workers on whole nodes."""
+    scaling = spec.scaling
+    by_cpus = [node.cpus // scaling.cpus_per_worker for node in nodes]
+    if not scaling.gpus_per_worker:
+        return sum(by_cpus)
+    return sum(min(len(node.gpus), cpus) for node, cpus in zip(nodes, by_cpus, strict=True))
+
+
+def check_room(spec: RunSpec, nodes: Sequence[Node]) -> None:
+    """Refuse to plan for nodes that hold not one worker.
+
+    Raises:
+        TenureError: says what there is.
+    """
+    if room_on(spec, nodes):
+        return
+    scaling, cpus, gpus = spec.scaling, sum(node.cpus for node in nodes), sum(len(node.gpus) for node in nodes)
+    wants = f"{scaling.cpus_per_worker} CPU" + (f" and {scaling.gpus_per_worker} GPU" * bool(scaling.gpus_per_worker))
+    what = f"a worker wants {wants} of one node; there are {cpus} CPU and {gpus} GPU on {len(nodes)} nodes"
+    raise fail(what, "scaling", "name another cluster by --address, plan for GPUs to be had by --gpus, or want less")
+
+
+def short_of(spec: RunSpec, nodes: Sequence[Node]) -> str:
+    """What is said where the spec's own number of workers has no room; nothing where it has."""
+    room = room_on(spec, nodes)
+    return f"the spec wants {spec.scaling.workers} workers; there is room for {room}" * (spec.scaling.workers > room)
+
+
 def _worker_counts(spec: RunSpec, nodes: Sequence[Node]) -> Iterator[int]:
-    """The given number, those that the cluster has room for, and among them such that divide the global batch."""
-    gpus = sum(len(node.gpus) for node in nodes)
-    cpus = sum(node.cpus // spec.scaling.cpus_per_worker for node in nodes)
-    room = gpus if spec.scaling.gpus_per_worker else cpus
+    """The spec's own number, and powers of two that divide the global batch: those that there is room for."""
+    room = room_on(spec, nodes)
     for count in sorted({spec.scaling.workers, *(2**power for power in range(12))}):
-        if count == spec.scaling.workers or (count <= room and spec.training.global_batch_size % count == 0):
+        if count <= room and spec.training.global_batch_size % count == 0:
             yield count
 
 

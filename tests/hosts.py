@@ -109,6 +109,16 @@ class Hosts:
         """Pull the plug of a host's network: packets are lost without a word."""
         _ip("link", "set", f"{self.tag}{host[:4]}", "down")
 
+    def part(self, one: str, other: str) -> None:
+        """Keep two hosts from each other, and from nobody else: packets are lost without a word."""
+        for host, far in ((one, other), (other, one)):
+            _ip("-n", f"{self.tag}{host}", "route", "add", "blackhole", f"{self.addresses[far]}/32")
+
+    def join(self, one: str, other: str) -> None:
+        """Undo part()."""
+        for host, far in ((one, other), (other, one)):
+            _ip("-n", f"{self.tag}{host}", "route", "del", "blackhole", f"{self.addresses[far]}/32")
+
     def alive(self) -> int:
         """How many Ray nodes the head counts."""
         script = "import sys, urllib.request as u; r = u.Request(sys.argv[1]); "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cluster.doctor import GIB, Link, NodeFacts, diagnose, examine
+from cluster.doctor import GIB, Closed, Link, NodeFacts, diagnose, examine
+from cluster.doctor_probe import Probe
 
 WELL = NodeFacts(
     host="a",
@@ -60,6 +62,23 @@ def test_a_slow_or_dead_link_is_told_by_its_ends(link: Link, told: str) -> None:
     (problem,) = diagnose([WELL, OTHER], [link])
     assert problem.where == "a to b"
     assert told in problem.what
+
+
+def test_ports_that_are_not_reached_are_told_together_for_each_pair() -> None:
+    closed = [Closed("a", "b", 8076, "Ray's object manager"), Closed("a", "b", 40001, "one chosen by the system")]
+    (problem,) = diagnose([WELL, OTHER], [], closed)
+    assert problem.where == "a to b"
+    assert "8076 (Ray's object manager), 40001 (one chosen by the system)" in problem.what
+    assert "all ports" in problem.instead
+
+
+def test_a_closed_port_is_told_from_an_open_one() -> None:
+    probe = Probe("127.0.0.1")
+    open_port = probe.listen()
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        assert probe.unreached("127.0.0.1", [open_port, port]) == [port]
 
 
 def test_a_real_node_is_examined(ray_cluster: None, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +71,24 @@ def test_a_spec_that_is_larger_than_the_cluster_is_refused(hosts: Hosts, tiny_mo
     assert status == 2, said
     assert "4 CPU of 3" in said
     assert "4 GPU of 0" in said
+
+
+def test_the_doctor_tells_of_two_hosts_that_do_not_reach_each_other(hosts: Hosts) -> None:
+    east, west = (hosts.addresses[name] for name in WORKERS)
+    hosts.part("east", "west")
+    try:
+        head = f"{hosts.addresses[HEAD]}:{GCS_PORT}"
+        root = ("-m", "cluster", "--workspace", str(workspace(hosts)), "cluster", "doctor", "--address", head)
+        status, said = ended(hosts.start(HEAD, sys.executable, *root), 240)
+    finally:
+        hosts.join("east", "west")
+    assert status == 1, said
+    for worker in (east, west):
+        assert re.search(rf"{hosts.addresses[HEAD]} to {worker} by gloo: \d+\.\d+ GB/s", said), said
+        assert f"{hosts.addresses[HEAD]} to {worker}: these ports" not in said
+    told = [line for line in said.splitlines() if "these ports are not reached" in line]
+    assert len(told) == 2, said
+    assert all(east in line and west in line and "object manager" in line for line in told), said
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,7 @@ def test_a_job_is_kept_in_the_workspace_and_begins_once(spec: Path, workspace: W
         ("sequence", "sequences/x/sequence.json", ["resume", "x"]),
         ("sweep", "sweeps/x/shared.json", ["sweep", "--resume", "x"]),
         ("serve", "runs/far/spec.json", ["serve", "far"]),
+        ("eval", "evals/x/scored.json", ["eval", "SPEC", "--of", "far", "--id", "x"]),
     ],
 )
 def test_every_command_goes_on_with_what_it_began(
@@ -123,10 +124,11 @@ def test_every_command_goes_on_with_what_it_began(
 ) -> None:
     folder = workspace.root / "jobs" / "x"
     subject = "far" if command == "serve" else "files/spec.yaml"
-    write_json(folder / JOB_FILE, {"id": "x", "command": command, "subject": subject})
+    write_json(folder / JOB_FILE, {"id": "x", "command": command, "subject": subject, "of": "far"})
     write_json(workspace.root / mark, {})
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
-    assert entry.command_line(folder, workspace, "x") == [*begun, "--address", "10.0.0.2:6379"]
+    wanted = [str(folder / subject) if word == "SPEC" else word for word in begun]
+    assert entry.command_line(folder, workspace, "x") == [*wanted, "--address", "10.0.0.2:6379"]
 
 
 def test_an_id_is_not_shared_by_two_jobs(spec: Path, workspace: Workspace, tmp_path: Path) -> None:
@@ -224,6 +226,25 @@ def test_faults_of_the_spec_and_of_the_place_come_before_the_cluster(spec: Path)
     amend(spec, tunning={"type": "lora"})
     with pytest.raises(TenureError, match="unknown key 'tunning'"):
         submit("train", spec, workspace=SHARED, **nowhere)
+
+
+def test_an_evaluation_takes_the_name_of_what_it_scores(spec: Path, tmp_path: Path) -> None:
+    pack("eval", str(spec), "tiny-1", spec, tmp_path / "job", "far")
+    wanted = {"id": "tiny-1", "command": "eval", "subject": "files/spec.yaml", "of": "far"}
+    assert read_json(tmp_path / "job" / JOB_FILE) == wanted
+
+
+@pytest.mark.parametrize(
+    ("command", "of", "told"),
+    [
+        ("eval", None, "an evaluation scores an artifact"),
+        ("eval", "mine/artifact", "'mine/artifact' is no absolute path"),
+        ("train", "far", "train scores no artifact"),
+    ],
+)
+def test_what_an_evaluation_scores_is_looked_at_first(spec: Path, command: Any, of: str | None, told: str) -> None:
+    with pytest.raises(TenureError, match=told):
+        submit(command, spec, address="http://127.0.0.1:1", workspace=SHARED, of=of)
 
 
 def test_the_clusters_workspace_must_be_named(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from tiny_spec import write_tiny_spec
 from cluster.cli import cli
 from cluster.machines import GIB, Gpu, Node, describe, nodes_of
 from cluster.pipeline import read_spec
-from cluster.planning import advice, choices, nearest, step_seconds
+from cluster.planning import advice, choices, nearest, room_on, short_of, step_seconds
 from training.data.prepare import load_prepared, prepare
+from training.errors import TenureError
 from training.flops import flops_per_token, peak_flops
 from training.memory import memory_parts
 from training.models import ModelInfo
@@ -119,6 +120,22 @@ def test_where_nothing_fits_it_is_said_what_would_help(planned: tuple[RunSpec, P
     assert not best.fits
     assert "nothing fits" in advice(spec, best)
     assert "tuning: {type: lora}" in advice(spec, best)
+
+
+def test_no_more_workers_are_offered_than_there_is_room_for(planned: tuple[RunSpec, Plan]) -> None:
+    given, plan = planned
+    spec = given.model_copy(update={"scaling": given.scaling.model_copy(update={"workers": 16})})
+    nodes = [Node("a", 2, 0, (H100,) * 4), Node("b", 8, 0, (H100,) * 2), Node("c", 64, 0, ())]
+    assert room_on(spec, nodes) == 4, "two by the processors of a, two by the GPUs of b, none on c"
+    assert {choice.workers for choice in choices(spec, BILLION, plan, 1024, nodes)} == {1, 2, 4}
+    assert short_of(spec, nodes) == "the spec wants 16 workers; there is room for 4"
+    assert short_of(given, nodes) == ""
+
+
+def test_where_not_one_worker_has_room_it_is_said_what_there_is(planned: tuple[RunSpec, Plan]) -> None:
+    spec, plan = planned
+    with pytest.raises(TenureError, match="1 CPU and 1 GPU of one node; there are 24 CPU and 0 GPU on 2 nodes"):
+        choices(spec, BILLION, plan, 1024, [Node("a", 8, 0, ()), Node("b", 16, 0, ())])
 
 
 def test_a_dashboard_tells_of_nodes() -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from training.errors import Left, TenureError
 from training.events import log_event
@@ -143,16 +142,3 @@ def grown(run: RunFolder, spec: RunSpec, plan: Plan, hands: Hands) -> Iterator[t
         ended.set()
         if larger:
             looks.join()
-
-
-def room_for(scaling: Scaling) -> int:
-    """Workers that the cluster has free processors and GPUs for, whole workers on whole nodes."""
-    import ray
-
-    from training.fit import worker_resources
-
-    wants = worker_resources(scaling)
-    alive: list[dict[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = sum(min(int(have.get(name, 0) // amount) for name, amount in wants.items()) for have in alive)
-    free = ray.available_resources()
-    return min(nodes, *(int(free.get(name, 0) // amount) for name, amount in wants.items()))

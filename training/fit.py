@@ -9,6 +9,7 @@ from typing import Any
 
 from training.errors import Left, OutOfMemory, Problem, TenureError, WorkerLost, fail
 from training.spec import Scaling
+from training.waiting import worker_resources
 from training.worker import train_worker
 from training.workspace import RunFolder
 
@@ -79,12 +80,6 @@ def run_workers(
     except RayError as error:
         lost = Problem(f"Ray Train's controller is gone: {_last_line(error)}", str(logs), f"go on with: {again}")
         raise WorkerLost(lost) from error
-
-
-def worker_resources(scaling: Scaling) -> dict[str, float]:
-    """What one worker claims of the cluster."""
-    resources = {"CPU": float(scaling.cpus_per_worker)}
-    return {**resources, "GPU": float(scaling.gpus_per_worker)} if scaling.gpus_per_worker else resources
 
 
 def _explain(error: Any, logs: Path, again: str) -> TenureError:

@@ -40,6 +40,12 @@ def run_tasks(compute: Callable[[Any], Any], jobs: Sequence[Any], scaling: Scali
         raise fail(what, str(logs), "free some memory, then: tenure resume RUN") from None
 
 
+def claim_of(scaling: Scaling) -> dict[str, float]:
+    """What a job that runs alone claims of the cluster."""
+    claim = {"CPU": float(cpus_each(1, scaling, machines()))}
+    return {**claim, "GPU": float(scaling.gpus_per_worker)} if scaling.gpus_per_worker else claim
+
+
 def num_places(scaling: Scaling) -> int:
     """How many processes of their own the cluster has room for: its free GPUs or, without any, its machines."""
     import ray
