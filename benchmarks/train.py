@@ -68,6 +68,7 @@ class Work:
     keys: dict[str, Any]
     recompute: bool
     zero_stage: int | str
+    workers: int = 1
     profile: Path | None = None
 
     @property
@@ -177,7 +178,7 @@ def tenure_spec(work: Work) -> Path:
         "data": {"train": [{"path": str(rows), **columns}], "allow_overlap": ["none"], "overlong": "truncate"},
         "suites": {"target": [suite]},
         "training": keys | work.keys,
-        "scaling": {"workers": 1, "gpus_per_worker": int(work.gpu), "zero_stage": work.zero_stage},
+        "scaling": {"workers": work.workers, "gpus_per_worker": int(work.gpu), "zero_stage": work.zero_stage},
     }
     file = work.folder / "spec.yaml"
     file.write_text(json.dumps(parts))
@@ -199,8 +200,8 @@ def run_tenure(work: Work) -> dict[str, Any]:
     spec = load_spec(tenure_spec(work))
     prepared = prepare(spec, workspace)
     plan = make_plan(spec, read_model_info(work.folder), load_prepared(prepared).counts(), None)
-    start_group(work.gpu)
-    folder = workspace.new_run("speed")
+    start_group(work)
+    folder = run_of_all(workspace)
     job = Job(**make_job(spec, plan, prepared, folder, "speed", {}))
     trainer = Trainer.start(job, folder, lambda tuning, path, dtype: random_model(path, work.gpu))
     clock = Clock(work)
@@ -214,15 +215,37 @@ def run_tenure(work: Work) -> dict[str, Any]:
     return clock.found() | {"chosen": chosen, "losses": [row["loss"] for row in losses if row["kind"] == "step"]}
 
 
-def start_group(gpu: bool) -> None:
+def start_group(work: Work) -> None:
+    """The process group of all workers; a single one makes its own."""
     import torch.distributed as dist
 
+    if "RANK" not in os.environ:
+        os.environ |= group_of(0, 1)
+    if work.gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if work.gpu else "gloo")
+
+
+def group_of(rank: int, workers: int, port: int | None = None) -> dict[str, str]:
+    """What a process of the group finds in its environment."""
+    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "MASTER_PORT": port or free_port()}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in found.items()}}
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = f"{port}"
-    dist.init_process_group("nccl" if gpu else "gloo")
+        port: int = free.getsockname()[1]
+    return port
+
+
+def run_of_all(workspace: Any) -> Any:
+    """One run's folder, made by the first worker."""
+    import torch.distributed as dist
+
+    made = [workspace.new_run("speed") if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    return made[0]
 
 
 class Clock:
@@ -476,12 +499,24 @@ def run_apart(arguments: argparse.Namespace, given: list[str]) -> dict[str, Any]
     for name in ("batch", "row"):
         given += [f"--{name}", str(getattr(arguments, name))] if getattr(arguments, name) else []
     given += ["--profile", str(arguments.profile)] if arguments.profile and "tenure" in given else []
+    given += ["--workers", str(arguments.workers)]
     command = [sys.executable, "-m", "benchmarks.train", *given]
+    port = free_port()
+    others = [
+        subprocess.Popen(
+            command, env=os.environ | group_of(rank, arguments.workers, port), stdout=subprocess.DEVNULL, stderr=2
+        )
+        for rank in range(1, arguments.workers)
+    ]
+    first = os.environ | (group_of(0, arguments.workers, port) if others else {})
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout, env=first)
     except subprocess.TimeoutExpired:
         print(f"{given}: nothing within {arguments.timeout} s", flush=True)
         return None
+    finally:
+        for other in others:
+            other.kill()
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         print(f"{given}: {done.stdout[-500:]} {done.stderr[-1500:]}", flush=True)
@@ -501,6 +536,7 @@ def summed_up(
     return {
         "keys": arguments.keys,
         "zero_stage": arguments.zero_stage,
+        "workers": arguments.workers,
         "tokens_per_second": medians,
         "tenure_over": ratios,
         "turns": found,
@@ -512,7 +548,7 @@ def with_flops(result: dict[str, Any], rate: float | None) -> dict[str, Any]:
     if result["lengths"] != "fixed" or rate is None:
         return result
     each = flop_per_token(result["shape"], result["tuning"], row_of(result["shape"])) / 1e12
-    rates = {side: tokens * each for side, tokens in result["tokens_per_second"].items()}
+    rates = {side: tokens * each / result["workers"] for side, tokens in result["tokens_per_second"].items()}
     shares = {"of_989": {side: value / 989 for side, value in rates.items()}}
     shares["of_measured"] = {side: value / rate for side, value in rates.items()}
     return {**result, "tflops": rates, **shares}
@@ -537,11 +573,12 @@ def work_of(arguments: argparse.Namespace) -> Work:
         steps=arguments.steps,
         inputs=arguments.inputs.absolute(),
         folder=arguments.model.absolute(),
-        batch=arguments.batch or batch_of(shape, lengths),
+        batch=arguments.batch or batch_of(shape, lengths) * arguments.workers,
         row=arguments.row or (row_of(shape) if lengths == "fixed" else ROW),
         keys=arguments.keys,
         recompute=arguments.recompute,
         zero_stage="auto" if arguments.zero_stage == "auto" else int(arguments.zero_stage),
+        workers=arguments.workers,
         profile=arguments.profile,
     )
 
@@ -560,7 +597,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="examples a step")
     parser.add_argument("--row", type=int, help="tokens of a row")
     parser.add_argument("--keys", type=json.loads, default={}, help="more keys of training, as JSON, for Tenure")
-    parser.add_argument("--zero-stage", choices=("auto", "0", "1"), default="auto", help="of Tenure; 1: with DeepSpeed")
+    parser.add_argument(
+        "--zero-stage", choices=("auto", "0", "1", "2", "3"), default="auto", help="of Tenure; from 1 on with DeepSpeed"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="GPUs for Tenure, as many times the batch")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing for the peers")
     parser.add_argument("--profile", type=Path, help="where Tenure's kernels of one step are written")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for one side's process")

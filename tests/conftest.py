@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 from commands import Command
 from jobs import (
@@ -26,6 +27,10 @@ from tiny import make_tiny_model
 
 from training.quiet import QUIET, be_quiet
 from training.workspace import RunFolder, Workspace
+
+# How long an example takes says nothing on a busy machine.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[1]
 be_quiet()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ from training.kernels import use_kernels
 from training.models import hash_folder, read_model_info
 from training.objective.first_look import expect_apart, fuses_truly
 from training.objective.objectives import Objective, make_objective
+from training.objective.targets import Batch
 from training.objective.weighing import weigh
 from training.plan import Plan
 from training.protection.attach import Attached, attach_all, path_importance
@@ -71,6 +72,15 @@ def train_worker(config: dict[str, Any]) -> None:
         Trainer.start(job, folder).run()
 
 
+class Fed(NamedTuple):
+    """A worker's share of a step's global batch `indices`: its micro-batches and their tensors, none on a device."""
+
+    step: int
+    indices: list[int]
+    own: list[list[int]]
+    tensors: list[Batch]
+
+
 @dataclass
 class Trainer:
     """One worker's share of a run. All state that a checkpoint must hold is in the engine and the protections."""
@@ -94,6 +104,7 @@ class Trainer:
     watch: Watch
     telemetry: Telemetry
     step: int = 0
+    ahead: Fed | None = None
     seen: ExampleLog | None = None
     leaves: bool = False
     validation_loss: float | None = None
@@ -254,23 +265,23 @@ class Trainer:
         started = time.monotonic()
         self.watch.progress()
         self.validation_loss = None  # of weights that are about to change
-        indices = self.schedule.batch(self.step)
+        fed = self.ahead if self.ahead and self.ahead.step == self.step else self._feed(self.step)
         count = self.plan.workers * self.plan.accumulation_steps
-        batches = self._cut(indices, count)
-        totals = self.objective.totals(indices)
+        totals = self.objective.totals(fed.indices)
         rate = engines.learning_rate(self.spec.training, self.plan, self.step)
         engines.set_learning_rate(self.engine.optimizer, rate)
         self.engine.train()
         figures = torch.zeros(3 + len(self.objective.names) + len(self.tasks), device=self.engine.device)
         figures[-2], figures[-1] = self._is_asked_to_leave(), self.saver.is_written
-        own = share(batches, dist.get_rank(), self.plan.workers)
         gathered = time.monotonic() - started
-        for batch in own:
-            loss = self.objective.loss(self.engine, batch, totals)
+        for batch, tensors in zip(fed.own, fed.tensors, strict=True):
+            loss = self.objective.loss(self.engine, batch, totals, tensors)
             parts = [loss.value.detach(), *(loss.parts[name] for name in self.objective.names)]
             figures[:-2] += torch.cat([torch.stack(parts), self.tasks.sums(batch, loss.losses)])
             # DeepSpeed divides by accumulation steps and averages over workers; this undoes both.
             self.engine.backward(loss.value * count)
+            if batch is fed.own[-1]:
+                self._feed_ahead()
             self.engine.step()
         dist.all_reduce(figures)
         *told, asked, written = figures.tolist()
@@ -280,10 +291,20 @@ class Trainer:
         self.step += 1
         self.saver.prepare(self._state)
         if self.seen:
-            self.seen.add(self.step, [index for batch in own for index in batch])
-        row = self._step_row(told, rate, indices, totals.num_targets, time.monotonic() - started)
+            self.seen.add(self.step, [index for batch in fed.own for index in batch])
+        row = self._step_row(told, rate, fed.indices, totals.num_targets, time.monotonic() - started)
         self._log(row)
         self.telemetry.tell_step(row, gathered)
+
+    def _feed_ahead(self) -> None:
+        """The next step's share, while a device computes: the engine's step waits for the gradients."""
+        self.ahead = self._feed(self.step + 1) if self.step + 1 < self.plan.steps else None
+
+    def _feed(self, step: int) -> Fed:
+        indices = self.schedule.batch(step)
+        batches = self._cut(indices, self.plan.workers * self.plan.accumulation_steps)
+        own = share(batches, dist.get_rank(), self.plan.workers)
+        return Fed(step, indices, own, [self.objective.gather(batch) for batch in own])
 
     def _is_asked_to_leave(self) -> bool:
         return dist.get_rank() == 0 and self.folder.notice.exists()

@@ -7,7 +7,9 @@ size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -37,13 +39,15 @@ def share(batches: list[list[int]], rank: int, workers: int) -> list[list[int]]:
 def collate(examples: Sequence[Encoded], pad_id: int, end_to_end: bool = False) -> dict[str, torch.Tensor]:
     """Right-padded tensors, each (examples, longest): input_ids and labels. With end_to_end, those of laid_out().
 
+    And of the targets (targets,), found here since a device would have to be waited for: target_places, from which
+    position of all rows end to end each is predicted; target_ids; target_rows, the example that each belongs to.
     What follows a row cannot be seen from it under causal attention, so no attention mask is needed and the
     fastest attention kernels apply. A micro-batch without examples becomes one row of padding without targets:
     every worker takes every step.
     """
     rows = list(examples) or [Encoded((pad_id, pad_id), (False, False))]
     if end_to_end:
-        return laid_out(rows)
+        return _with_targets(laid_out(rows))
     longest = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), longest), pad_id)
     labels = torch.full((len(rows), longest), IGNORE)
@@ -51,7 +55,16 @@ def collate(examples: Sequence[Encoded], pad_id: int, end_to_end: bool = False) 
         tokens, targets = torch.tensor(row.ids), torch.tensor(row.is_target)
         ids[index, : len(row.ids)] = tokens
         labels[index, : len(row.ids)] = torch.where(targets, tokens, IGNORE)
-    return {"input_ids": ids, "labels": labels}
+    return _with_targets({"input_ids": ids, "labels": labels})
+
+
+def _with_targets(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch with its targets beside it. The first token of a row is never one."""
+    labels = batch["labels"]
+    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+    places = (following != IGNORE).nonzero().squeeze(1)
+    rows = batch["examples"].flatten()[places] if "examples" in batch else places // labels.shape[1]
+    return batch | {"target_places": places, "target_ids": following[places], "target_rows": rows}
 
 
 def laid_out(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
@@ -62,8 +75,10 @@ def laid_out(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     (examples + 1,), where each begins and the last ends, and longest (), which stays in the processor's memory.
     """
     lengths = torch.tensor([len(example.ids) for example in examples])
-    ids = torch.tensor([token for example in examples for token in example.ids])
-    is_target = torch.tensor([target for example in examples for target in example.is_target])
+    count = int(lengths.sum())
+    ids = torch.from_numpy(np.fromiter(chain.from_iterable(example.ids for example in examples), np.int64, count))
+    flags = np.fromiter(chain.from_iterable(example.is_target for example in examples), np.bool_, count)
+    is_target = torch.from_numpy(flags)
     starts = lengths.cumsum(0) - lengths
     is_target[starts] = False
     numbers = torch.repeat_interleave(torch.arange(len(examples)), lengths)

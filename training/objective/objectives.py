@@ -12,8 +12,7 @@ import torch
 from torch.nn import functional
 
 from training.attention import attend_within
-from training.data.batches import IGNORE, collate, to_device
-from training.data.encoding import Encoded
+from training.data.batches import collate, to_device
 from training.data.store import targets_of
 from training.models import read_model_info
 from training.objective.divergence import Compare, Outcomes, divergence, forward_kl
@@ -57,7 +56,11 @@ class Objective(Protocol):
     def num_terms(self, index: int) -> int:
         """How many terms an example's own loss is a sum of."""
 
-    def loss(self, engine: Any, indices: Sequence[int], totals: Totals) -> Loss: ...
+    def gather(self, indices: Sequence[int]) -> Batch:
+        """A micro-batch of examples in the processor's memory; can be asked for ahead of its step."""
+
+    def loss(self, engine: Any, indices: Sequence[int], totals: Totals, gathered: Batch | None = None) -> Loss:
+        """The share of the examples `indices`; what gather() gave for them may be handed over."""
 
 
 # ------------------------------------------------------------------------------------------- frozen models
@@ -126,7 +129,7 @@ class Cached:
         self._signals = signals
 
     def outcomes(self, engine: Any, batch: Batch, indices: Sequence[int]) -> Outcomes | None:
-        if not (batch["labels"][:, 1:] != IGNORE).any():
+        if not batch["target_ids"].numel():
             return None
         found = self._signals.outcomes(indices)
         assert found.ids is not None
@@ -201,9 +204,13 @@ class TokenObjective:
         """Its target tokens."""
         return int(self._num_targets[index])
 
-    def loss(self, engine: Any, indices: Sequence[int], totals: Totals) -> Loss:
+    def gather(self, indices: Sequence[int]) -> Batch:
+        """Rows beside each other, or end to end."""
+        return collate([self._rows[index] for index in indices], self._pad_id, self._end_to_end)
+
+    def loss(self, engine: Any, indices: Sequence[int], totals: Totals, gathered: Batch | None = None) -> Loss:
         """The share of the examples `indices` in the loss and in the mean of each term."""
-        batch = _on_device([self._rows[index] for index in indices], self._pad_id, engine, self._end_to_end)
+        batch = to_device(gathered or self.gather(indices), engine.device)
         given = [self._weight(index) / totals.weight if totals.weight else 0.0 for index in indices]
         shares = torch.tensor(given or [0.0], device=engine.device)
         if not self._terms:
@@ -238,10 +245,6 @@ def _nothing(targets: Targets, names: Sequence[str], num_examples: int) -> Loss:
     return Loss(nothing, dict.fromkeys(names, nothing.detach()), zeros)
 
 
-def _on_device(rows: Sequence[Encoded], pad_id: int, engine: Any, end_to_end: bool = False) -> Batch:
-    return to_device(collate(rows, pad_id, end_to_end), engine.device)
-
-
 # ------------------------------------------------------------------------------------------------------ pairs
 
 # The reference's summed log-probabilities (rows,) of a batch's answers.
@@ -270,10 +273,18 @@ class DpoObjective:
         """A pair's loss is one."""
         return 1
 
-    def loss(self, engine: Any, indices: Sequence[int], totals: Totals) -> Loss:
+    def _sequences(self, indices: Sequence[int]) -> list[int]:
+        """The chosen answers of pairs, then the rejected ones."""
+        return [*indices, *(len(self._data.train) + index for index in indices)]
+
+    def gather(self, indices: Sequence[int]) -> Batch:
+        """Both answers of every pair."""
+        return collate([self._data.sequences[index] for index in self._sequences(indices)], self._pad_id)
+
+    def loss(self, engine: Any, indices: Sequence[int], totals: Totals, gathered: Batch | None = None) -> Loss:
         """The share of the pairs `indices` in the loss, the accuracy and the margin."""
-        sequences = [*indices, *(len(self._data.train) + index for index in indices)]
-        batch = _on_device([self._data.sequences[index] for index in sequences], self._pad_id, engine)
+        sequences = self._sequences(indices)
+        batch = to_device(gathered or self.gather(indices), engine.device)
         reference = self._reference(engine, batch, sequences)
         targets = self.head.targets(engine, batch)
         if targets.is_empty:

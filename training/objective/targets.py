@@ -11,7 +11,6 @@ import torch
 from torch.nn import functional
 
 from training.attention import attend_as_before
-from training.data.batches import IGNORE
 from training.objective.fused import weighted_cross_entropy
 
 # Kernels in 16 bits round otherwise; a model that scales or caps its logits is further off.
@@ -128,19 +127,16 @@ class TargetLogits:
         value, self._losses = weighted_cross_entropy(hidden, self._head.weight, *self._asked)
         return value.reshape(1)
 
-    def _find(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The targets' ids and rows (targets,), where the head shall look. The first token of a row is never one."""
-        labels = batch["labels"]
-        following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
-        found = (following != IGNORE).nonzero().squeeze(1)
-        self._length = labels.shape[1]
-        self._index = found if found.numel() else labels.new_zeros(1)
-        rows = batch["examples"].flatten()[found] if "examples" in batch else found // labels.shape[1]
-        return following[found], rows
+    def _look(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The targets' ids and rows (targets,); the head shall look where they are predicted from."""
+        places = batch["target_places"]
+        self._length = batch["labels"].shape[1]
+        self._index = places if places.numel() else places.new_zeros(1)
+        return batch["target_ids"], batch["target_rows"]
 
     def targets(self, model: Any, batch: Batch) -> Targets:
         """The predictions of a batch (rows, length) by the model, or by the engine around it."""
-        ids, rows = self._find(batch)
+        ids, rows = self._look(batch)
         return Targets(self._run(model, batch), ids, rows)
 
     def _run(self, model: Any, batch: Batch) -> torch.Tensor:
@@ -158,7 +154,7 @@ class TargetLogits:
             losses = targets.cross_entropy() if not targets.is_empty else targets.nothing().expand(0)
             value = (shares[targets.rows] * losses).sum() if not targets.is_empty else targets.nothing()
             return Learned(value, losses.detach(), targets.rows)
-        ids, rows = self._find(batch)
+        ids, rows = self._look(batch)
         given = (ids, shares[rows]) if ids.numel() else (ids.new_zeros(1), shares.new_zeros(1))
         self._asked = given
         try:
