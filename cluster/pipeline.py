@@ -123,11 +123,12 @@ def _stages(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard
 
 
 def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, console: Console) -> None:
-    from training.fit import fit
+    from training.fit import fit, free_groups
     from training.worker import drop_torn_row, make_job
 
     def train(plan: Plan, scaling: Scaling) -> None:
         write_json(run.plan, asdict(plan))
+        free_groups()
         with waits_told(worker_resources(scaling), scaling.workers, tell):
             fit(make_job(spec, plan, prepared, run, hash_training(spec), aids), scaling, run)
 

@@ -95,12 +95,19 @@ def start_tracking(
 
 
 def experiment_of(store: MlflowClient, workspace: Workspace) -> str:
+    from mlflow.exceptions import MlflowException
+
     found = store.get_experiment_by_name(EXPERIMENT)
     if found is not None:
         return str(found.experiment_id)
     local = "MLFLOW_TRACKING_URI" not in os.environ
     location = (workspace.root / "mlartifacts").as_uri() if local else None
-    return str(store.create_experiment(EXPERIMENT, artifact_location=location))
+    try:
+        return str(store.create_experiment(EXPERIMENT, artifact_location=location))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # made by a run that began at the same time
+            raise
+    return str(store.get_experiment_by_name(EXPERIMENT).experiment_id)
 
 
 def log_metrics(workspace: Workspace, run: RunFolder, tracking_id: str) -> None:
