@@ -85,14 +85,17 @@ def execute(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard
     Ray is connected by the caller, see session(). The driver's and the libraries' output goes to the run's log; a
     failed or interrupted run is closed in the tracking store.
     """
+    from training.copies import copied
     from training.faults import output_to
     from training.tracking import fail_tracking, tracking_id_of
 
+    store = spec_of(run).scaling.copy_to
     if run.registration.is_file():
         console.print(f"run [bold]{run.id}[/] is finished")
-        return read_scorecard(run.scorecard)
+        with copied(run, store, teller(console)):
+            return read_scorecard(run.scorecard)
     console.print(f"run [bold]{run.id}[/]   logs {run.logs}")
-    with run.held():
+    with run.held(), copied(run, store, teller(console)):
         try:
             with output_to(run.logs / "driver.log"):
                 return _stages(run, workspace, console)

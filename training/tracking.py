@@ -167,6 +167,21 @@ def tracking_id_of(run: RunFolder) -> str:
     return str(read_json(run.path / "tracking.json")["mlflow_run_id"])
 
 
+def is_tracked(workspace: Workspace, run: RunFolder) -> bool:
+    """Whether the workspace's store knows the MLflow run of a run folder."""
+    from mlflow.exceptions import MlflowException
+
+    if not (run.path / "tracking.json").is_file():
+        return False
+    try:
+        client(workspace).get_run(tracking_id_of(run))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True
+
+
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Nested mappings and lists as dotted keys, the values as text of at most 5,000 characters."""
     if isinstance(value, dict):
