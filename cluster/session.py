@@ -15,6 +15,8 @@ from training.quiet import QUIET
 from training.spec import Scaling
 
 _CONNECT_S = 5.0
+# What ray.init() raises; besides, a bare Exception where its processes do not come up in time.
+_REFUSALS = (ConnectionError, RuntimeError, ValueError)
 _OBJECT_STORE_BYTES = 256 * 2**20
 
 
@@ -62,9 +64,11 @@ def _connect(address: str | None, resources: dict[str, float]) -> None:
     environment = {"env_vars": {**QUIET, **_python_path()}}
     try:
         ray.init(**where, runtime_env=environment, log_to_driver=False, logging_level="error")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        what = f"could not connect: {_first_line(error)}"
-        raise fail(what, address or "a local Ray", "check address, token and Ray version") from error
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, _REFUSALS):
+            raise
+        instead = "check address, token and Ray version" if address else "try again; the machine may be overloaded"
+        raise fail(f"could not connect: {_first_line(error)}", address or "a local Ray", instead) from error
 
 
 def check_address(address: str) -> None:

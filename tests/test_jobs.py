@@ -19,6 +19,7 @@ from tiny_spec import write_tiny_spec
 from cluster import entry, jobs, submit
 from cluster.cli import cli
 from cluster.packing import JOB_FILE, pack, references
+from cluster.session import ray_session
 from training.errors import TenureError
 from training.workspace import Workspace, read_json, write_json
 
@@ -163,6 +164,16 @@ def test_a_driver_that_is_killed_starts_again_and_one_that_is_stopped_does_not(
     assert waits == [5, 10, 5, 10, 20]
 
 
+def test_another_python_at_the_head_is_refused(
+    spec: Path, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(packed_at(spec, tmp_path / "job"))
+    monkeypatch.setattr("sys.version_info", (3, 13, 1))
+    with pytest.raises(TenureError, match=r"the cluster runs Python 3\.13\.1"):
+        entry.main(str(workspace.root), "tiny-1")
+    assert not workspace.root.exists()
+
+
 class Answer(BaseHTTPRequestHandler):
     """A head of another Ray."""
 
@@ -252,3 +263,19 @@ def test_the_clusters_workspace_must_be_named(spec: Path, monkeypatch: pytest.Mo
     ended = CliRunner().invoke(cli, ["submit", "train", str(spec), "--address", "http://127.0.0.1:1"])
     assert ended.exit_code == 2
     assert "say where runs lie on the cluster" in ended.output
+
+
+@pytest.mark.parametrize("error", [Exception("The current node timed out during startup."), RuntimeError("no")])
+def test_a_ray_that_does_not_come_up_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuses(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refuses)
+    with (
+        pytest.raises(TenureError, match=f"could not connect: {error}"),
+        ray_session(None, {}, tmp_path / "ray.log"),
+    ):
+        pass
