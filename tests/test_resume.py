@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,39 @@ def test_ray_restarts_workers_within_the_budget(kept_run: WholeRun, broken_run: 
     assert resume % 3 == 0
     assert_same_artifact(broken_run.run, kept_run.run)
     assert_no_step_is_missing(broken_run.run)
+
+
+def test_a_run_outlives_its_driver_and_its_ray(kept_run: WholeRun) -> None:
+    """SIGKILL for the driver, of which no process is left; then for the raylet, which ends Ray's workers when it likes.
+
+    Where Ray ends the driver before that can tell why, its status is 1.
+    """
+    run, root = RunFolder(kept_run.workspace.runs / "outlives"), kept_run.workspace.root
+    first = Command.start("train", kept_run.spec, "--id", run.id, workspace=root)
+    first.wait_for(10, run)
+    first.process.kill()
+    assert first.finish() == -signal.SIGKILL
+    expect_nobody(first)
+    assert not run.artifact.is_dir()
+    second = Command.start("resume", run.id, workspace=root)
+    second.wait_for(last_step(run) + 5, run)
+    (raylet,) = [process for process in second.survivors() if process.cmdline()[0].endswith("/raylet")]
+    raylet.kill()
+    assert second.finish() in (1, 2), second.err
+    assert "Traceback" not in second.err
+    expect_nobody(second)
+    third = Command.start("resume", run.id, workspace=root)
+    assert third.finish() == 0, third.err
+    assert_same_artifact(run, kept_run.run)
+    assert not any(find_damage(path) for path in run.checkpoints.glob("step-*"))
+
+
+def expect_nobody(command: Command, patience_s: float = 30.0) -> None:
+    """No process of a command is there any more, soon after it ended."""
+    deadline = time.monotonic() + patience_s
+    while left := command.survivors():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 def test_every_example_is_seen_once_an_epoch_across_a_change_of_world_size(tiny_model: Path, tmp_path: Path) -> None:

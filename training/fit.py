@@ -49,7 +49,7 @@ def run_workers(
         logs, again: what an error points at, and what it says to do once the fault is mended.
 
     Raises:
-        TenureError: a worker's fault that the user can mend, or the death of a worker.
+        TenureError: a worker's fault that the user can mend, the death of a worker, or that of this process's node.
     """
     from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -78,8 +78,18 @@ def run_workers(
     except TrainingFailedError as error:
         raise _explain(error, logs, again) from error
     except RayError as error:
+        if is_home_gone():
+            raise fail("the Ray node that the run's driver is on is gone", str(logs), f"go on with: {again}") from error
         lost = Problem(f"Ray Train's controller is gone: {_last_line(error)}", str(logs), f"go on with: {again}")
         raise WorkerLost(lost) from error
+
+
+def is_home_gone() -> bool:
+    """Whether the node that this process entered the cluster by is dead; nothing can be started from here then."""
+    import ray
+
+    home = ray.get_runtime_context().get_node_id()
+    return not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == home)
 
 
 def free_groups() -> None:
