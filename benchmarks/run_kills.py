@@ -114,7 +114,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def a_moment(draw: random.Random) -> Moment:
     by_steps = draw.random() < 0.5
-    return Moment(draw.choice(KINDS), draw.randrange(1, 16) if by_steps else 0, draw.uniform(0, 25))
+    return Moment(draw.choice(KINDS), draw.randrange(1, 40) if by_steps else 0, draw.uniform(0, 8))
 
 
 def write_run(folder: Path, steps: int) -> Path:
@@ -277,7 +277,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--kills-a-run", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=200, help="Of every run.")
+    parser.add_argument("--steps", type=int, default=600, help="Of every run.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()

@@ -13,6 +13,7 @@ import click
 from cluster import cluster_commands, job_commands
 from cluster.evaluating import eval_command
 from cluster.plan_command import plan_command
+from cluster.restoring import restore_command
 from training.quiet import be_quiet
 from training.workspace import WORKSPACE_VARIABLE, RunFolder, Workspace
 
@@ -483,7 +484,7 @@ def schema(of: str, of_sequence: bool) -> None:
     click.echo(json.dumps(kind.model_json_schema(), indent=1))
 
 
-for command in (*job_commands.COMMANDS, eval_command, plan_command, cluster_commands.cluster_group):
+for command in (*job_commands.COMMANDS, eval_command, restore_command, plan_command, cluster_commands.cluster_group):
     cli.add_command(command)
 
 

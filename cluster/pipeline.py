@@ -85,14 +85,17 @@ def execute(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard
     Ray is connected by the caller, see session(). The driver's and the libraries' output goes to the run's log; a
     failed or interrupted run is closed in the tracking store.
     """
+    from training.copies import copied
     from training.faults import output_to
     from training.tracking import fail_tracking, tracking_id_of
 
+    store = spec_of(run).scaling.copy_to
     if run.registration.is_file():
         console.print(f"run [bold]{run.id}[/] is finished")
-        return read_scorecard(run.scorecard)
+        with copied(run, store, teller(console)):
+            return read_scorecard(run.scorecard)
     console.print(f"run [bold]{run.id}[/]   logs {run.logs}")
-    with run.held():
+    with run.held(), copied(run, store, teller(console)):
         try:
             with output_to(run.logs / "driver.log"):
                 return _stages(run, workspace, console)
@@ -123,11 +126,12 @@ def _stages(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard
 
 
 def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, console: Console) -> None:
-    from training.fit import fit
+    from training.fit import fit, free_groups
     from training.worker import drop_torn_row, make_job
 
     def train(plan: Plan, scaling: Scaling) -> None:
         write_json(run.plan, asdict(plan))
+        free_groups()
         with waits_told(worker_resources(scaling), scaling.workers, tell):
             fit(make_job(spec, plan, prepared, run, hash_training(spec), aids), scaling, run)
 

@@ -144,6 +144,8 @@ training:
             "14: scaling.zero_stage",
             "True is neither a whole number from 0 to 3 nor 'auto'",
         ),
+        ("workers: 2", "copy_to: runs/", "14: scaling.copy_to", "'runs/' is no URL"),
+        ("workers: 2", "copy_to: 's9://x'", "14: scaling.copy_to", "the store s9:// is unknown"),
         ("workers: 2", "workers: two", "14: scaling.workers", "'two' is not a whole number of at least 1"),
         ("workers: 2", "workers: 2.0", "14: scaling.workers", "2.0 is not a whole number of at least 1"),
         ("workers: 2", "workers: 0", "14: scaling.workers", "0 is not a whole number of at least 1"),

@@ -21,9 +21,10 @@ from test_resume import assert_same_artifact
 
 from cluster import submit
 from cluster.jobs import Job, follow, job_of, list_jobs, resume, stop
+from training.copies import restore_run
 from training.evaluation.scorecard import read_scorecard
 from training.waiting import WAITING
-from training.workspace import RunFolder
+from training.workspace import RunFolder, Workspace
 
 WAIT_S = 240.0
 _PORTS = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "runtime-env-agent-port")
@@ -58,7 +59,8 @@ def head(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder, ports = tmp_path_factory.mktemp("submitted"), {name: free_port() for name in _PORTS}
     steps = LONG | {"epochs": 40, "max_steps": 200, "checkpoint_every_steps": 5, "validate_every_steps": 0}
     promise = {"contract": {"min_gain": 0.0, "max_loss": 100.0}}
-    spec = write_spec(folder, tiny_model, training=steps, scaling=TWO_WORKERS, amend=promise)
+    scaling = TWO_WORKERS | {"copy_to": (folder / "store").as_uri()}
+    spec = write_spec(folder, tiny_model, training=steps, scaling=scaling, amend=promise)
     mark = uuid.uuid4().hex
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -142,3 +144,12 @@ def test_a_submitted_evaluation_scores_a_run_as_the_run_was_scored(head: Head, w
     found = read_scorecard(head.workspace / "evals" / "again" / "scorecard.json")
     assert (found.suites, found.artifact_hash) == (wanted.suites, wanted.artifact_hash)
     assert found.contract == wanted.contract
+
+
+def test_a_finished_run_stands_in_its_store_too(head: Head, waiting: str, tmp_path: Path) -> None:
+    store = head.spec.parent / "store"
+    back = restore_run((store / waiting).as_uri(), Workspace.at(tmp_path / "elsewhere"))
+    assert_same_artifact(back, head.run(waiting))
+    assert read_scorecard(back.scorecard) == read_scorecard(head.run(waiting).scorecard)
+    assert (back.report.is_file(), back.registration.is_file()) == (True, True)
+    assert (tmp_path / "elsewhere" / "jobs" / waiting / "job.json").is_file()

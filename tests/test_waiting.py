@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from training.fit import free_groups
 from training.waiting import WAITING, is_pending, room_of, wait_in, waits_told
 
 ONE = {"CPU": 1.0}
@@ -61,7 +62,8 @@ def test_a_real_ray_tells_what_it_could_not_place(ray_cluster: None) -> None:
     ray.get(late.ready(), timeout=60)
     until(lambda: not is_pending({"CPU": 3.0}))
     assert room_of(ONE) == 2
-    remove_placement_group(late)
+    free_groups()
+    until(lambda: room_of(ONE) == 4)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from training.protection.layout import Fragment, Layout, Sheet, refresh_weights
 from training.storage import patiently, settle
 from training.workspace import read_json, write_json
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _WRITTEN = "written-"
 _MASTERS = "masters"
 
@@ -85,7 +85,7 @@ def load_checkpoint(checkpoint: Path, state: State, spec_hash: str) -> int:
     Raises:
         TenureError: it is of another spec (where it runs may differ).
     """
-    manifest = read_json(checkpoint / _MANIFEST)
+    manifest = read_json(checkpoint / MANIFEST)
     if manifest["spec_hash"] != spec_hash:
         raise fail("the checkpoint is of another run's spec", str(checkpoint), "resume with the spec it was made with")
     _prepare_moments(state, manifest["scalars"])
@@ -111,7 +111,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 def find_damage(checkpoint: Path) -> str | None:
     """What keeps a checkpoint from being loaded, or None."""
-    manifest = checkpoint / _MANIFEST
+    manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         return "it has no manifest"
     for name, expected in read_json(manifest)["files"].items():
@@ -224,12 +224,12 @@ def publish(part: Path, final: Path, about: dict[str, Any]) -> None:
     """Gather what every rank says it wrote into the manifest, then rename; nothing of it is lost with the power."""
     if final.is_dir() and not part.is_dir():
         return  # renamed, before the storage failed
-    if not (part / _MANIFEST).is_file():  # there is one where the storage failed after it
+    if not (part / MANIFEST).is_file():  # there is one where the storage failed after it
         told = [read_json(file) for file in sorted(part.glob(f"{_WRITTEN}*.json"))]
-        write_json(part / _MANIFEST, {**about, "files": {name: kept for one in told for name, kept in one.items()}})
+        write_json(part / MANIFEST, {**about, "files": {name: kept for one in told for name, kept in one.items()}})
     for file in part.glob(f"{_WRITTEN}*.json"):
         file.unlink(missing_ok=True)
-    settle(part / _MANIFEST)
+    settle(part / MANIFEST)
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
     settle(final.parent)
@@ -241,7 +241,7 @@ def remove_old(folder: Path, keep: int, best: int = 0) -> None:
     whole = [path for path in found if _is_complete(path)]
     if not whole or found[-1] != whole[-1]:
         return
-    losses = {path: read_json(path / _MANIFEST).get("validation_loss") for path in whole} if best else {}
+    losses = {path: read_json(path / MANIFEST).get("validation_loss") for path in whole} if best else {}
     judged = sorted((path for path, loss in losses.items() if loss is not None), key=lambda path: (losses[path], path))
     for old in found:
         if old < whole[-keep:][0] and old not in judged[:best]:
@@ -250,7 +250,7 @@ def remove_old(folder: Path, keep: int, best: int = 0) -> None:
 
 def _is_complete(checkpoint: Path) -> bool:
     """Whether every file is there in its size; contents are hashed when they are written, and when they are read."""
-    manifest = checkpoint / _MANIFEST
+    manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         return False
     files = {checkpoint / name: told["bytes"] for name, told in read_json(manifest)["files"].items()}

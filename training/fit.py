@@ -82,6 +82,25 @@ def run_workers(
         raise WorkerLost(lost) from error
 
 
+def free_groups() -> None:
+    """Remove the placement groups of this job, which may hold only such as a dead controller left.
+
+    Ray removes them itself as a rule, but a head that was restarted in the meantime does not, and they would hold their
+    processors for as long as the job lasts.
+    """
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util import placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    if ray.util.client.ray.is_connected():  # it does not tell ids as the cluster itself does
+        return
+    job = ray.get_runtime_context().get_job_id()
+    for group, told in placement_group_table().items():
+        if group.endswith(job) and told["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+
+
 def _explain(error: Any, logs: Path, again: str) -> TenureError:
     """The first worker's own TenureError where there is one; else what Ray says and where the logs are."""
     failures = getattr(error, "worker_failures", {})

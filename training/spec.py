@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from training.data.locations import is_url, missing_store
 from training.peft_methods import PROMPT_METHODS
 from training.section import (
     Count,
@@ -216,6 +217,16 @@ class Scaling(Section):
     max_failures: Natural = 0
     hang_after_s: Natural = 1800
     price_per_gpu_hour: NonNegative | None = None
+    copy_to: Text | None = None
+
+    @field_validator("copy_to")
+    @classmethod
+    def _copies_go_to_a_store(cls, value: str | None) -> str | None:
+        if value is not None and not is_url(value):
+            raise fault(f"'{value}' is no URL", "give a folder in a store, such as s3://bucket/runs")
+        if value is not None and (missing := missing_store(value)):
+            raise fault(*missing)
+        return value
 
     @model_validator(mode="after")
     def _least_is_not_most(self) -> Scaling:

@@ -95,12 +95,19 @@ def start_tracking(
 
 
 def experiment_of(store: MlflowClient, workspace: Workspace) -> str:
+    from mlflow.exceptions import MlflowException
+
     found = store.get_experiment_by_name(EXPERIMENT)
     if found is not None:
         return str(found.experiment_id)
     local = "MLFLOW_TRACKING_URI" not in os.environ
     location = (workspace.root / "mlartifacts").as_uri() if local else None
-    return str(store.create_experiment(EXPERIMENT, artifact_location=location))
+    try:
+        return str(store.create_experiment(EXPERIMENT, artifact_location=location))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # made by a run that began at the same time
+            raise
+    return str(store.get_experiment_by_name(EXPERIMENT).experiment_id)
 
 
 def log_metrics(workspace: Workspace, run: RunFolder, tracking_id: str) -> None:
@@ -158,6 +165,21 @@ def fail_tracking(workspace: Workspace, tracking_id: str, reason: str) -> None:
 def tracking_id_of(run: RunFolder) -> str:
     """The MLflow run of a run folder."""
     return str(read_json(run.path / "tracking.json")["mlflow_run_id"])
+
+
+def is_tracked(workspace: Workspace, run: RunFolder) -> bool:
+    """Whether the workspace's store knows the MLflow run of a run folder."""
+    from mlflow.exceptions import MlflowException
+
+    if not (run.path / "tracking.json").is_file():
+        return False
+    try:
+        client(workspace).get_run(tracking_id_of(run))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
