@@ -286,7 +286,8 @@ class Clock:
         last = -2 if self._work.profile else None
         kept = slice(min(WARM_UP, self._work.steps // 2), last)
         seconds, tokens = self._seconds()[kept], self._tokens[1:][kept]
-        median = statistics.median(took / count for took, count in zip(seconds, tokens, strict=True))
+        # A peer's loader is a batch ahead, but for an epoch's end: there a step counts none, and another two.
+        median = statistics.median(took / count for took, count in zip(seconds, tokens, strict=True) if count)
         rates = {"tokens_per_second": sum(tokens) / sum(seconds), "median_tokens_per_second": 1 / median}
         peak = torch.cuda.max_memory_allocated() / 2**30 if self._work.gpu else 0.0
         return {**rates, "step_ms": 1000 * statistics.median(seconds), "peak_gib": round(peak, 1)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -105,9 +106,16 @@ def share(
     for line in score_base(specs[0], folder, workspace):
         console.print(f"[yellow]weak suite[/] {escape(line)}")
     check_reachable(specs[0], workspace)
-    for spec in specs:
-        prepared = ready_data(spec, workspace, console)
-        ready_aids(spec, prepared, workspace, folder.logs, stages.memory_limit(spec.scaling))
+    prepared = [ready_data(spec, workspace, console) for spec in specs]
+    limit = stages.memory_limit(specs[0].scaling)
+    per_gpu = sweep.trials_per_gpu if specs[0].scaling.workers == 1 else 1
+    with ThreadPoolExecutor(per_gpu if specs[0].scaling.gpus_per_worker else 1) as pool:
+        made = [
+            pool.submit(ready_aids, spec, data, workspace, folder.logs, limit, per_gpu)
+            for spec, data in zip(specs, prepared, strict=True)
+        ]
+        for one in made:
+            one.result()
 
 
 def score_base(spec: RunSpec, folder: SweepFolder, workspace: Workspace) -> list[str]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from training.data.prepare import load_prepared, prepare
 from training.objective.generate import replay_job, write_replay
-from training.processes import run_tasks
+from training.processes import alone_at, run_tasks, sharing
 from training.protection.passes import ready_importances
 from training.spec import RunSpec
 from training.strategy import Replay
@@ -35,29 +35,32 @@ def ready_data(spec: RunSpec, workspace: Workspace, console: Console) -> Path:
 
 
 def ready_aids(
-    spec: RunSpec, prepared: Path, workspace: Workspace, logs: Path, memory_limit: int | None
+    spec: RunSpec, prepared: Path, workspace: Workspace, logs: Path, memory_limit: int | None, per_gpu: int = 1
 ) -> dict[str, str]:
     """The paths of a run's aids by name, made where they are missing. Ray is connected by the caller.
 
     Args:
         logs: where the processes that make them write.
         memory_limit: bytes that one worker may take, or None where that is not known.
+        per_gpu: how many of the processes share a GPU.
 
     Raises:
         TenureError: an aid cannot be made.
     """
-    signals = ready_signals(spec, prepared, workspace, logs)
-    return signals | ready_importances(spec, workspace, logs, memory_limit)
+    signals = ready_signals(spec, prepared, workspace, logs, per_gpu)
+    return signals | ready_importances(spec, workspace, logs, memory_limit, per_gpu)
 
 
-def ready_signals(spec: RunSpec, prepared: Path, workspace: Workspace, logs: Path) -> dict[str, str]:
+def ready_signals(spec: RunSpec, prepared: Path, workspace: Workspace, logs: Path, per_gpu: int = 1) -> dict[str, str]:
     """The files of what frozen models say about the training rows, computed where they are not there yet."""
     from training.evaluation.scoring import scoring_precision
     from training.objective.signals import compute_signals, signal_jobs
 
     jobs = signal_jobs(spec, prepared, workspace, scoring_precision(spec.scaling.gpus_per_worker), logs)
-    missing = [job for job in jobs.values() if not Path(job.target).is_file()]
-    run_tasks(compute_signals, missing, spec.scaling, logs, "the process that asks a frozen model")
+    with alone_at(Path(job.target) for job in jobs.values()):
+        missing = [job for job in jobs.values() if not Path(job.target).is_file()]
+        claimed = sharing(spec.scaling, per_gpu)
+        run_tasks(compute_signals, missing, claimed, logs, "the process that asks a frozen model")
     return {name: job.target for name, job in jobs.items()}
 
 

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from training.errors import TenureError, fail
 from training.spec import Scaling
+
+# Of what is being made in this process.
+_MADE: defaultdict[str, Lock] = defaultdict(Lock)
+
+
+@contextmanager
+def alone_at(targets: Iterable[Path]) -> Iterator[None]:
+    """Nobody else in this process makes these files or folders meanwhile; who waited finds them made."""
+    with ExitStack() as held:
+        for target in sorted(map(str, targets)):
+            held.enter_context(_MADE[target])
+        yield
+
+
+def sharing(scaling: Scaling, per_gpu: int) -> Scaling:
+    """What a process claims where `per_gpu` of them share a GPU."""
+    return scaling.model_copy(update={"gpus_per_worker": scaling.gpus_per_worker / per_gpu})
 
 
 def run_tasks(compute: Callable[[Any], Any], jobs: Sequence[Any], scaling: Scaling, logs: Path, name: str) -> list[Any]:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,10 @@ def _swept(pair: str, skills: Path, root: Path, arguments: argparse.Namespace) -
     if not taught.is_dir():
         _tenure(root, "train", _write(root / f"{kept}.yaml", teaching(kept, skills, arguments)))
     spec = sweep(pair, kept, new, taught, skills, arguments)
-    return (
-        _ended(full_alone(spec, arguments.full_trials), root, arguments.out / pair / "full"),
-        _ended(spec, root, arguments.out / pair),
-    )
+    with ThreadPoolExecutor(2 if arguments.at_once else 1) as pool:
+        alone = pool.submit(_ended, full_alone(spec, arguments.full_trials), root, arguments.out / pair / "full")
+        result = pool.submit(_ended, spec, root, arguments.out / pair)
+        return alone.result(), result.result()
 
 
 def _ended(spec: dict[str, Any], root: Path, out: Path) -> SweepResult:
@@ -239,6 +240,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=33)
     parser.add_argument("--full-trials", type=int, default=6, help="Rates at which full tuning alone is tried.")
     parser.add_argument("--trials-per-gpu", type=int, default=4)
+    parser.add_argument("--at-once", action="store_true", help="both sweeps of a pair on the same GPU together")
     parser.add_argument("--cpu", action="store_true")
     return parser.parse_args()
 

@@ -13,19 +13,22 @@ from training.data.prepare import load_prepared, prepare
 from training.errors import raise_all
 from training.models import hash_file, hash_folder, read_model_info
 from training.plan import Plan, make_plan
+from training.processes import alone_at, sharing
 from training.protection.importance import TENSORS_FILE, VERSION, read_info, unbearable
 from training.section import Source
-from training.spec import Data, Export, RunSpec, TrainSource
+from training.spec import Data, Export, RunSpec, Scaling, TrainSource
 from training.strategy import Ewc, Full, Lm, Sft, Si
 from training.workspace import Workspace
 
 _AGAIN = "run the command again"
 
 
-def ready_importances(spec: RunSpec, workspace: Workspace, logs: Path, memory_limit: int | None) -> dict[str, str]:
+def ready_importances(
+    spec: RunSpec, workspace: Workspace, logs: Path, memory_limit: int | None, per_gpu: int = 1
+) -> dict[str, str]:
     """The folder of each protection's importance by the protection's type, computed where it is not there yet.
 
-    Ray is connected by the caller.
+    Ray is connected by the caller; `per_gpu` of the passes' workers share a GPU.
 
     Raises:
         TenureError: a strength is more than the steps can bear.
@@ -33,7 +36,7 @@ def ready_importances(spec: RunSpec, workspace: Workspace, logs: Path, memory_li
     found: dict[str, str] = {}
     for protection in spec.protections:
         if isinstance(protection, Ewc | Si):
-            folder = protection.importance or _computed(protection, spec, workspace, logs, memory_limit)
+            folder = protection.importance or _computed(protection, spec, workspace, logs, memory_limit, per_gpu)
             if folder is not None:
                 raise_all(unbearable(protection, read_info(folder), spec))
                 found[protection.type] = str(folder)
@@ -41,7 +44,7 @@ def ready_importances(spec: RunSpec, workspace: Workspace, logs: Path, memory_li
 
 
 def _computed(
-    protection: Ewc | Si, spec: RunSpec, workspace: Workspace, logs: Path, memory_limit: int | None
+    protection: Ewc | Si, spec: RunSpec, workspace: Workspace, logs: Path, memory_limit: int | None, per_gpu: int
 ) -> Path | None:
     """The cached importance on a protection's own data; None where it has none."""
     if not protection.data:
@@ -49,14 +52,16 @@ def _computed(
     looked_at = _spec_of_pass(protection, spec)
     prepared = prepare(looked_at, workspace)
     target = _cached(protection, looked_at, prepared, workspace)
-    if not target.is_dir():
-        counts = load_prepared(prepared).counts()
-        plan = make_plan(looked_at, read_model_info(Path(spec.model)), counts, memory_limit)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(protection, Ewc):
-            _fisher(protection, looked_at, plan, prepared, target, logs)
-        else:
-            _consolidate(looked_at, plan, prepared, target, logs)
+    with alone_at([target]):
+        if not target.is_dir():
+            counts = load_prepared(prepared).counts()
+            plan = make_plan(looked_at, read_model_info(Path(spec.model)), counts, memory_limit)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            claimed = sharing(spec.scaling, per_gpu)
+            if isinstance(protection, Ewc):
+                _fisher(protection, looked_at, plan, prepared, target, logs, claimed)
+            else:
+                _consolidate(looked_at, plan, prepared, target, logs, claimed)
     return target
 
 
@@ -115,7 +120,9 @@ def _key(protection: Ewc | Si, looked_at: RunSpec, prepared: Path) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _fisher(protection: Ewc, looked_at: RunSpec, plan: Plan, prepared: Path, target: Path, logs: Path) -> None:
+def _fisher(
+    protection: Ewc, looked_at: RunSpec, plan: Plan, prepared: Path, target: Path, logs: Path, claimed: Scaling
+) -> None:
     from training.fit import run_workers
     from training.protection.fisher import FisherJob, fisher_worker
 
@@ -133,10 +140,10 @@ def _fisher(protection: Ewc, looked_at: RunSpec, plan: Plan, prepared: Path, tar
         gamma=protection.gamma,
         about={"base_hash": hash_folder(Path(looked_at.model)), "data_hash": prepared.stem},
     )
-    run_workers(fisher_worker, asdict(job), looked_at.scaling, target.parent / "ray", target.name, logs, _AGAIN)
+    run_workers(fisher_worker, asdict(job), claimed, target.parent / "ray", target.name, logs, _AGAIN)
 
 
-def _consolidate(looked_at: RunSpec, plan: Plan, prepared: Path, target: Path, logs: Path) -> None:
+def _consolidate(looked_at: RunSpec, plan: Plan, prepared: Path, target: Path, logs: Path, claimed: Scaling) -> None:
     from training.fit import run_workers
     from training.protection.consolidate import consolidate_worker
     from training.worker import make_job
@@ -147,5 +154,5 @@ def _consolidate(looked_at: RunSpec, plan: Plan, prepared: Path, target: Path, l
     scratch.path.mkdir(parents=True)
     job = make_job(looked_at, plan, prepared, scratch, target.name, {})
     config = {"job": job, "target": str(target), "logs": str(logs)}
-    run_workers(consolidate_worker, config, looked_at.scaling, target.parent / "ray", target.name, logs, _AGAIN)
+    run_workers(consolidate_worker, config, claimed, target.parent / "ray", target.name, logs, _AGAIN)
     shutil.rmtree(scratch.path)
