@@ -12,6 +12,7 @@ import click
 
 from cluster import cluster_commands, job_commands
 from cluster.evaluating import eval_command
+from cluster.importance_commands import importance_group
 from cluster.plan_command import plan_command
 from cluster.restoring import restore_command
 from training.quiet import be_quiet
@@ -308,31 +309,6 @@ def compare(context: click.Context, runs: tuple[str, ...], as_json: bool, seeds:
     compare(context.obj, runs, as_json=as_json, seeds=seeds, page=page)
 
 
-@cli.group()
-def importance() -> None:
-    """The importance of a base model's weights, for EWC and SI: computed once, shared by runs."""
-
-
-@importance.command("compute")
-@SPEC
-@click.option("--address", help="A Ray head, host:port or ray://host:port. Default: a local Ray.")
-@click.pass_context
-def compute_importance(context: click.Context, spec: Path, address: str | None) -> None:
-    """Compute what the protections of SPEC need, unless it is cached, and show it."""
-    from cluster.importance import compute_importances
-
-    compute_importances(spec, context.obj, address)
-
-
-@importance.command("show")
-@click.argument("folder", type=click.Path(path_type=Path))
-def show_importance(folder: Path) -> None:
-    """Show what the importance in FOLDER was estimated from, and where in the model it is large."""
-    from cluster.importance import print_importance
-
-    print_importance(folder)
-
-
 @cli.command()
 @RUN
 @click.option("--alpha", "alphas", multiple=True, type=float, help="0 is the base, 1 the tuned model; again for more.")
@@ -484,7 +460,14 @@ def schema(of: str, of_sequence: bool) -> None:
     click.echo(json.dumps(kind.model_json_schema(), indent=1))
 
 
-for command in (*job_commands.COMMANDS, eval_command, restore_command, plan_command, cluster_commands.cluster_group):
+for command in (
+    *job_commands.COMMANDS,
+    eval_command,
+    restore_command,
+    plan_command,
+    cluster_commands.cluster_group,
+    importance_group,
+):
     cli.add_command(command)
 
 

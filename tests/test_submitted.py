@@ -9,6 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from test_resume import assert_same_artifact
 from cluster import submit
 from cluster.jobs import Job, follow, job_of, list_jobs, resume, stop
 from training.copies import restore_run
+from training.errors import TenureError
 from training.evaluation.scorecard import read_scorecard
 from training.waiting import WAITING
 from training.workspace import RunFolder, Workspace
@@ -56,29 +58,36 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    folder, ports = tmp_path_factory.mktemp("submitted"), {name: free_port() for name in _PORTS}
+    folder = tmp_path_factory.mktemp("submitted")
     steps = LONG | {"epochs": 40, "max_steps": 200, "checkpoint_every_steps": 5, "validate_every_steps": 0}
     promise = {"contract": {"min_gain": 0.0, "max_loss": 100.0}}
     scaling = TWO_WORKERS | {"copy_to": (folder / "store").as_uri()}
     spec = write_spec(folder, tiny_model, training=steps, scaling=scaling, amend=promise)
-    mark = uuid.uuid4().hex
+    with ray_head(folder) as address:
+        yield Head(address, folder / "workspace", spec)
+
+
+@contextmanager
+def ray_head(folder: Path) -> Iterator[str]:
+    """A cluster with a dashboard, whose address it gives; it ends with all its processes."""
+    mark, ports = uuid.uuid4().hex, {name: free_port() for name in _PORTS}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with tempfile.TemporaryDirectory(prefix="tn", dir="/tmp", ignore_cleanup_errors=True) as session:
         sizes = ["--num-cpus=2", f"--object-store-memory={80 * 2**20}", f"--temp-dir={session}"]
         command = ["start", "--head", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *sizes]
-        started = subprocess.run(
-            [str(Path(sys.executable).with_name("ray")), *command, *(f"--{name}={ports[name]}" for name in _PORTS)],
-            env={**kept, MARK: mark, "PATH": path, "RAY_AUTH_MODE": "disabled", **_PATIENT},
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=WAIT_S,
-        )
         try:
+            started = subprocess.run(
+                [str(Path(sys.executable).with_name("ray")), *command, *(f"--{name}={ports[name]}" for name in _PORTS)],
+                env={**kept, MARK: mark, "PATH": path, "RAY_AUTH_MODE": "disabled", **_PATIENT},
+                cwd=folder,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=WAIT_S,
+            )
             assert started.returncode == 0, started.stderr
-            yield Head(f"http://127.0.0.1:{ports['dashboard-port']}", folder / "workspace", spec)
+            yield f"http://127.0.0.1:{ports['dashboard-port']}"
         finally:
             end_all(mark)
 
@@ -153,3 +162,15 @@ def test_a_finished_run_stands_in_its_store_too(head: Head, waiting: str, tmp_pa
     assert read_scorecard(back.scorecard) == read_scorecard(head.run(waiting).scorecard)
     assert (back.report.is_file(), back.registration.is_file()) == (True, True)
     assert (tmp_path / "elsewhere" / "jobs" / waiting / "job.json").is_file()
+
+
+def test_a_new_head_that_knows_nothing_of_a_run_takes_it_up(head: Head, waiting: str) -> None:
+    """By what lies in the workspace alone; of a run that is finished there is nothing left to do."""
+    with ray_head(head.spec.parent) as address:
+        assert list_jobs(address) == []
+        with pytest.raises(TenureError, match="the cluster knows no job 'one'"):
+            resume("one", address=address)
+        resume("one", address=address, workspace=str(head.workspace))
+        said: list[str] = []
+        assert follow("one", address, said.append).exit_status == 0, said
+    assert "run one is finished" in "".join(said)
