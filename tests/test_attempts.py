@@ -149,11 +149,19 @@ def test_an_elastic_run_goes_on_with_what_is_left(tmp_path: Path, run: RunFolder
     assert [workers for workers, _ in cluster.plans] == [6, 4]
 
 
-def test_an_elastic_run_waits_aloud_for_the_fewest(tmp_path: Path, run: RunFolder) -> None:
+def test_an_elastic_run_asks_for_the_fewest_where_there_is_no_room(tmp_path: Path, run: RunFolder) -> None:
+    """A cluster that grows by itself would never have room for what nobody asks for."""
     spec = spec_with(tmp_path, {"workers": 4, "min_workers": 2})
-    cluster = Cluster(None, rooms=(1, 1, 1, 1, 1, 3))
+    cluster = Cluster(None, rooms=(0,))
     train_to_the_end(run, spec, plan_with(4, 6), cluster.hands)
-    assert cluster.told == ["there is room for 1 workers; waiting for 2"]
+    assert cluster.told == ["there is room for 0 workers; asking for 2"]
+    assert [workers for workers, _ in cluster.plans] == [2]
+
+
+def test_an_elastic_run_takes_what_comes_free_while_it_settles(tmp_path: Path, run: RunFolder) -> None:
+    spec = spec_with(tmp_path, {"workers": 4, "min_workers": 2})
+    cluster = Cluster(None, rooms=(1, 1, 3))
+    train_to_the_end(run, spec, plan_with(4, 6), cluster.hands)
     assert [workers for workers, _ in cluster.plans] == [3]
 
 

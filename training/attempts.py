@@ -92,10 +92,7 @@ _WORDS = {
 
 
 def fitted(run: RunFolder, spec: RunSpec, plan: Plan, micro: int | None, hands: Hands) -> Plan:
-    """The plan for as many workers as there is room for; waits, aloud, while there is none for the fewest.
-
-    A run that is not elastic leaves the waiting to Ray.
-    """
+    """The plan for as many workers as there is room for; waiting is left to Ray."""
     counts = worker_counts(spec)
     chosen = counts[0] if len(counts) == 1 else _count(run, spec.scaling, counts, hands)
     if chosen == plan.workers and (micro is None or micro == plan.micro_batch_size):
@@ -104,17 +101,19 @@ def fitted(run: RunFolder, spec: RunSpec, plan: Plan, micro: int | None, hands: 
 
 
 def _count(run: RunFolder, scaling: Scaling, counts: list[int], hands: Hands) -> int:
-    waited, told = 0.0, False
-    while True:
-        room = hands.room(scaling)
-        if room >= counts[0] or (room >= counts[-1] and waited >= _SETTLE_S):
-            return next(count for count in counts if count <= room)
-        if waited >= _SETTLE_S and not told:
-            hands.tell(f"there is room for {room} workers; waiting for {counts[-1]}")
-            log_event(run, "waiting", room=room, least=counts[-1])
-            told = True
+    """As many as there is room for, once those that are gone had time to give theirs back; or else the fewest.
+
+    The fewest are asked of Ray where there is no room: clusters that grow by themselves grow for what is asked for.
+    """
+    waited = 0.0
+    while (room := hands.room(scaling)) < counts[0] and waited < _SETTLE_S:
         hands.sleep(_LOOK_EVERY_S)
         waited += _LOOK_EVERY_S
+    if room < counts[-1]:
+        hands.tell(f"there is room for {room} workers; asking for {counts[-1]}")
+        log_event(run, "waiting", room=room, least=counts[-1])
+        return counts[-1]
+    return next(count for count in counts if count <= room)
 
 
 @contextmanager
