@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import deque
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-# A process takes seconds to start: the first chunks are encoded in this one, and most data have no more.
+# A process takes seconds to start: as few chunks as most data have are encoded in this one.
 CHUNKS_ALONE = 3
 _MOST_PROCESSES = 16
 CHARACTERS_AT_ONCE = 2**24
+# Encoding makes many objects and no cycles: Python's usual threshold has it search for them all the time.
+_OBJECTS_PER_COLLECTION = 100_000
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,14 @@ def _num_characters(row: Example) -> int:
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stretches: Iterator[list[Example]]) -> Iterator[Chunk]:
-    """Every stretch encoded, in order: the first ones here, the others in as many processes as there are processors."""
+    """Every stretch encoded, in order: a few of them here, many in as many processes as there are processors."""
     processes = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
-    alone = CHUNKS_ALONE if processes > 1 else None
-    for stretch in islice(stretches, alone):
+    first = list(islice(stretches, CHUNKS_ALONE + 1)) if processes > 1 else []
+    if len(first) > CHUNKS_ALONE:
+        yield from _in_processes(tokenizer, recipe, chain(first, stretches), processes)
+        return
+    for stretch in chain(first, stretches):
         yield encode_chunk(tokenizer, recipe, stretch)
-    following = next(stretches, None)
-    if following is not None:
-        yield from _in_processes(tokenizer, recipe, chain([following], stretches), processes)
 
 
 def _in_processes(
@@ -159,6 +162,7 @@ def _lean() -> None:
     """There is a process for every processor already; and encoding needs no torch, whose import takes seconds."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # how Python is told that there is none
+    gc.set_threshold(_OBJECTS_PER_COLLECTION)
 
 
 def _encode_there(recipe: Recipe, stretch: list[Example]) -> Chunk:
