@@ -272,10 +272,13 @@ def test_a_ray_that_does_not_come_up_is_one_error(
     def refuses(**_: Any) -> None:
         raise error
 
+    ended = []
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", refuses)
+    monkeypatch.setattr("ray.shutdown", lambda: ended.append(error))  # the other tests' Ray stays
     with (
         pytest.raises(TenureError, match=f"could not connect: {error}"),
         ray_session(None, {}, tmp_path / "ray.log"),
     ):
         pass
+    assert ended == [error]  # what came up half is gone
