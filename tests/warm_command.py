@@ -1,7 +1,7 @@
 """A process that has imported what commands need and forks one `tenure` after the other: imports are paid once.
 
-Every command is still a process of its own, with the environment and the folder it is given. `python tests/warm_command.py`
-reads one JSON object a line: {"arguments", "folder", "environment", "out", "err"}, and answers with the exit status.
+Every command is still a process of its own, with the environment and the folder it is given. The process reads one JSON
+object a line, {"arguments", "folder", "environment", "out", "err"}, and answers with the exit status.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _run(arguments: list[str], folder: str, environment: dict[str, str], out: st
     for path, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):
         opened = os.open(path, os.O_RDWR | os.O_CREAT)
         os.dup2(opened, descriptor)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115, PTH123
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
     sys.argv = ["tenure", *arguments]
     os._exit(_status())
 
