@@ -36,6 +36,20 @@ ROOT = Path(__file__).resolve().parents[1]
 be_quiet()
 
 
+# Fixtures of the whole session that take long to make: all files that want one are tested by one process.
+COSTLY = ("kept_run", "ray_cluster")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes test (`pytest -n 2 --dist loadgroup`), a file stays with one of them."""
+    wanted: dict[Path, set[str]] = {}
+    for item in items:
+        wanted.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
+    for item in items:
+        group = next((name for name in COSTLY if name in wanted[item.path]), item.path.name)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
     """What a test does to the environment variables ends with it; scoring, for one, forgets a process group's."""
