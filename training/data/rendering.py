@@ -56,7 +56,7 @@ def render_all(
 ) -> list[str | None]:
     """render() of every conversation, all without tools; None of those near one that the template refuses.
 
-    One call costs a third of as many: what surrounds the template takes longer than the template itself.
+    One call costs less than half of as many: what surrounds the template takes longer than the template itself.
     """
     found: list[str | None] = []
     for start in range(0, len(conversations), RENDERED_AT_ONCE):
