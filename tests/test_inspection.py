@@ -302,6 +302,16 @@ def test_a_row_that_cannot_be_read_ends_the_command_as_it_ends_a_run(tiny_model:
     assert "Traceback" not in done.stderr
 
 
+def test_rows_that_are_dropped_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [question(0), {"question": "1+1"}, question(1), {"question": "1+1", "answer": None}]
+    train = [{"path": "train.jsonl", "prompt": "question", "completion": "answer", "faulty": "drop"}]
+    found = finding(report_of(tmp_path, tiny_model, rows, train=train), "dropped")
+    assert (found.level, found.count) == ("look", 2)
+    path = tmp_path / "train.jsonl"
+    assert [hit.where for hit in found.hits] == [f"{path} row 2", f"{path} row 4"]
+    assert found.hits[0].excerpt == "there is no column 'answer'"
+
+
 def test_the_tiny_template_is_the_one_that_lengths_were_counted_for(tiny_model: Path) -> None:
     assert load_tokenizer(tiny_model).chat_template == CHAT_TEMPLATE
 

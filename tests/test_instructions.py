@@ -81,10 +81,12 @@ def test_templates_go_with_columns_that_are_recognised(tmp_path: Path) -> None:
 
 def test_a_template_that_loops_endlessly_is_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templating, "MAX_SECONDS", 0.2)
-    path = write_rows(tmp_path / "rows.jsonl", [{"article": "x" * 1000, "summary": "s"}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"article": "x" * 1000, "summary": "s"}] * 3)
     loops = "{% for a in article %}" * 4 + "{% endfor %}" * 4
-    with pytest.raises(TenureError, match=r"row 1: .* failed: it has not come to an end in 0\.2 seconds"):
-        prompts(path, templates=["{{ article }}" + loops])
+    for faulty in ("refuse", "drop"):
+        with pytest.raises(TenureError, match=r"it has not come to an end in 0\.2 seconds") as caught:
+            prompts(path, templates=["{{ article }}" + loops], faulty=faulty)
+        assert [problem.where for problem in caught.value.problems] == [f"{path} row 1"]
 
 
 def test_the_page_is_what_the_command_prints() -> None:

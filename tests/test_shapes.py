@@ -222,8 +222,13 @@ def test_rows_that_cannot_be_read_do_not_decide_the_form(tmp_path: Path) -> None
     path = tmp_path / "rows.jsonl"
     path.write_text('{\n{"question": "1+1", "answer": "2"}\n')
     assert recognise(path) == {"prompt": "question", "completion": "answer"}
+    path.write_text('{"question": null, "answer": "2"}\n{"question": "1+1", "answer": "2"}\n{"answer": "3"}\n')
+    assert recognise(path) == {"prompt": "question", "completion": "answer"}
+    faults = Faults(drop=True)
+    assert len(list(examples(Source(path=path), faults))) == 1
+    assert [problem.where for problem in faults.first] == [f"{path} row 1", f"{path} row 3"]
     path.write_text("{\n")
-    with pytest.raises(TenureError, match="no row can be read by which to recognise the columns"):
+    with pytest.raises(TenureError, match=r"rows\.jsonl row 1: not valid JSON"):
         recognise(path)
 
 

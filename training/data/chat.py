@@ -17,20 +17,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
+from training.data.rendering import Turn, render, render_all, render_prompt
 from training.data.rows import Conversation
 from training.data.seams import Seam, last_seam, prompt_within
-from training.data.timelimit import time_limit
 from training.data.tokens import continued_ids, many_ids, text_ids
 from training.data.turns import Messages
 from training.errors import TenureError, fail
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Turn = Mapping[str, Any]
-RENDER_LIMIT_S = 20
 
 
 @dataclass(frozen=True)
@@ -57,13 +52,6 @@ class Draft:
     seam: Seam | None
 
 
-def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], where: str, tools: Sequence[Turn] = ()
-) -> str:
-    """The chat template's text up to and including the header of the assistant's next turn."""
-    return _render(tokenizer, messages, tools, where, add_generation_prompt=True)
-
-
 def chat_answers(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[Answer]:
     """The assistant's turns that the conversation is to teach, in order.
 
@@ -74,11 +62,45 @@ def chat_answers(tokenizer: PreTrainedTokenizerBase, conversation: Conversation)
     return finish(tokenizer, draft_answers(tokenizer, conversation))
 
 
-def draft_answers(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[Draft]:
-    """chat_answers() as rendered text, for finish()."""
+def rendered_ahead(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Conversation]
+) -> list[dict[int, tuple[str, str]]]:
+    """Prompt and whole of the answers of every row, by their turns, rendered with few calls for draft_answers().
+
+    What has tools or reasoning is left out, and so is whatever a row cannot have rendered: draft_answers() tells why.
+    """
+    asked = [
+        (number, index) for number, row in enumerate(rows) if not _may_lose_parts(row) for index in _learnable(row)
+    ]
+    before, turns = ([rows[number].messages[: index + more] for number, index in asked] for more in (0, 1))
+    prompts = render_all(tokenizer, before, add_generation_prompt=True)
+    wholes = render_all(tokenizer, turns, add_generation_prompt=False)
+    found: list[dict[int, tuple[str, str]]] = [{} for _ in rows]
+    for (number, index), prompt, whole in zip(asked, prompts, wholes, strict=True):
+        if prompt is not None and whole is not None:
+            found[number][index] = (prompt, whole)
+    return found
+
+
+def _learnable(conversation: Conversation) -> list[int]:
+    """The turns to be learned that answer something; none where there is a fault in them."""
+    try:
+        return [index for index in learned_turns(conversation) if index]
+    except TenureError:
+        return []
+
+
+def draft_answers(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ahead: Mapping[int, tuple[str, str]] | None = None
+) -> list[Draft]:
+    """chat_answers() as rendered text, for finish().
+
+    Args:
+        ahead: what rendered_ahead() has of the conversation.
+    """
     conversation = _with_arguments_as_wanted(tokenizer, conversation)
     _refuse_what_is_left_out(tokenizer, conversation)
-    return [_draft(tokenizer, conversation, index) for index in learned_turns(conversation)]
+    return [_draft(tokenizer, conversation, index, (ahead or {}).get(index)) for index in learned_turns(conversation)]
 
 
 def finish(
@@ -115,13 +137,17 @@ def learned_turns(conversation: Conversation) -> list[int]:
     return places
 
 
-def _draft(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, index: int) -> Draft:
+def _draft(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, index: int, rendered: tuple[str, str] | None
+) -> Draft:
     before, turns = conversation.messages[:index], conversation.messages[: index + 1]
     if not before:
         what = "the first turn is the assistant's: there is no prompt that it could answer"
         raise fail(what, conversation.where, "set learn: last, or remove the turn")
-    prompt = render_prompt(tokenizer, before, conversation.where, conversation.tools)
-    whole = _render(tokenizer, turns, conversation.tools, conversation.where, add_generation_prompt=False)
+    prompt, whole = rendered or (
+        render_prompt(tokenizer, before, conversation.where, conversation.tools),
+        render(tokenizer, turns, conversation.tools, conversation.where, add_generation_prompt=False),
+    )
     marks: list[int] | None = None
     if not whole.startswith(prompt):
         whole = _verbatim(tokenizer, conversation, index, prompt)
@@ -188,7 +214,7 @@ def _verbatim(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, in
     marked = (*before[:-1], {**before[-1], "content": _MARK})
     header = render_prompt(tokenizer, marked, conversation.where, conversation.tools).rpartition(_MARK)[2]
     turns = (*marked, {**turn, "content": f"\v{_ANSWER_MARK}\v"})  # some templates strip what a turn says
-    whole = _render(tokenizer, turns, conversation.tools, conversation.where, add_generation_prompt=False)
+    whole = render(tokenizer, turns, conversation.tools, conversation.where, add_generation_prompt=False)
     between, _, tail = whole.rpartition(_MARK)[2].partition(_ANSWER_MARK)
     content = str(turn.get("content") or "")
     content, between, tail = (
@@ -218,7 +244,7 @@ def _to_its_end(
         TenureError: the answer goes on after such a token, or the template ends turns with another one.
     """
     stops = stop_ids(tokenizer)
-    place = next((place for place, token in enumerate(answer) if token in stops), None)
+    place = min((answer.index(token) for token in stops.intersection(answer)), default=None)
     if place is not None:
         _refuse_text_after(tokenizer, answer, place, conversation.where)
         return answer[: place + 1]
@@ -231,20 +257,22 @@ def _to_its_end(
 
 
 def _refuse_text_after(tokenizer: PreTrainedTokenizerBase, answer: Sequence[int], place: int, where: str) -> None:
-    if _is_text(tokenizer, answer[place + 1 :]):
+    if _is_text(tokenizer, tuple(answer[place + 1 :])):
         token = tokenizer.convert_ids_to_tokens(answer[place])
         raise fail(f"an answer goes on after {token}, at which serving stops", where, "remove that from its text")
 
 
-def _is_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
-    return bool(str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip())
+@lru_cache(maxsize=1024)
+def _is_text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> bool:
+    """Whether the ids say more than white space; kept, since a template ends most answers alike."""
+    return bool(ids) and bool(str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip())
 
 
 def _closing_token(tokenizer: PreTrainedTokenizerBase, answer: Sequence[int]) -> int | None:
     """The special token that ends an answer, where nothing but white space follows it."""
     special = set(tokenizer.all_special_ids)
     last = next((place for place in reversed(range(len(answer))) if answer[place] in special), None)
-    return None if last is None or _is_text(tokenizer, answer[last + 1 :]) else int(answer[last])
+    return None if last is None or _is_text(tokenizer, tuple(answer[last + 1 :])) else int(answer[last])
 
 
 def _next_token(
@@ -260,7 +288,7 @@ def _next_token(
     assert tokenizer.eos_token_id is not None
     try:
         whole, text = (
-            _render(tokenizer, some, conversation.tools, "", add_generation_prompt=False)
+            render(tokenizer, some, conversation.tools, "", add_generation_prompt=False)
             for some in (turns, (*turns, after))
         )
     except TenureError:  # the template takes no such turn, so it ends with the answer
@@ -289,11 +317,11 @@ def _with_arguments_as_wanted(tokenizer: PreTrainedTokenizerBase, conversation: 
     if not any(turn.get("tool_calls") for turn in conversation.messages):
         return conversation
     try:
-        _render(tokenizer, conversation.messages, conversation.tools, conversation.where, add_generation_prompt=False)
+        render(tokenizer, conversation.messages, conversation.tools, conversation.where, add_generation_prompt=False)
     except TenureError as error:
         as_text = replace(conversation, messages=_with_text_arguments(conversation.messages))
         try:
-            _render(tokenizer, as_text.messages, conversation.tools, conversation.where, add_generation_prompt=False)
+            render(tokenizer, as_text.messages, conversation.tools, conversation.where, add_generation_prompt=False)
         except TenureError:
             raise error from None
         return as_text
@@ -313,15 +341,20 @@ def _refuse_what_is_left_out(tokenizer: PreTrainedTokenizerBase, conversation: C
     Raises:
         TenureError: it writes none of a part of them.
     """
-    turns = conversation.messages
-    if not conversation.tools and not any(turn["role"] == "tool" or turn.keys() & _MAY_BE_LEFT_OUT for turn in turns):
+    if not _may_lose_parts(conversation):
         return
     marked, names = _with_marks(conversation)
-    text = _render(tokenizer, marked.messages, marked.tools, conversation.where, add_generation_prompt=False)
+    text = render(tokenizer, marked.messages, marked.tools, conversation.where, add_generation_prompt=False)
     missing = sorted({name for mark, name in names.items() if mark not in text})
     if missing:
         what = f"the model's chat template leaves out {', '.join(missing)}"
         raise fail(what, conversation.where, "remove them, or put another chat_template.jinja beside the model")
+
+
+def _may_lose_parts(conversation: Conversation) -> bool:
+    """Whether it holds what templates may not know."""
+    turns = conversation.messages
+    return bool(conversation.tools) or any(turn["role"] == "tool" or turn.keys() & _MAY_BE_LEFT_OUT for turn in turns)
 
 
 _MAY_BE_LEFT_OUT = {"tool_calls", "reasoning_content"}
@@ -346,38 +379,3 @@ def _with_marks(conversation: Conversation) -> tuple[Conversation, dict[str, str
         if turn.get("reasoning_content") and place == len(messages) - 1:
             turn["reasoning_content"] = mark("reasoning_content")
     return replace(conversation, messages=messages, tools=tools), names
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Turn],
-    tools: Sequence[Turn],
-    where: str,
-    *,
-    add_generation_prompt: bool,
-) -> str:
-    """Rendered turns.
-
-    Raises:
-        TenureError: the template refuses them, fails, reaches for what the sandbox denies, or does not come to an end;
-            many take no system turn, or want users and assistants in turns.
-    """
-    try:
-        with time_limit(RENDER_LIMIT_S):
-            text = tokenizer.apply_chat_template(
-                [dict(turn) for turn in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-    except (TemplateError, TimeoutError, *_TEMPLATE_FAULTS) as error:
-        roles = ", ".join(turn["role"] for turn in messages)
-        reason = str(error).strip() or type(error).__name__
-        what = f"the model's chat template refuses the turns {roles}: {reason}"
-        raise fail(what, where, "give other turns, or another chat_template.jinja beside the model") from None
-    assert isinstance(text, str)
-    return text
-
-
-# What an expression over turns can raise beside Jinja's own errors; the sandbox's limit on range() is an OverflowError.
-_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.data.chat import Draft, draft_answers, finish, learned_turns, texts_of
+from training.data.chat import Draft, draft_answers, finish, learned_turns, rendered_ahead, texts_of
 from training.data.fitting import Tally, fault_of
 from training.data.rows import Conversation, Faults, Passage, Preference
 from training.data.tokens import many_continued_ids, many_ids, many_prompt_ids
@@ -34,7 +34,7 @@ class Encoded:
 
     @property
     def num_targets(self) -> int:
-        return sum(self.is_target[1:])
+        return self.is_target[1:].count(True)
 
 
 # Rows that stand or fall together, and their place.
@@ -128,7 +128,8 @@ def _encode_chats(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Conversation], faults: Faults
 ) -> list[Encoded | None]:
     """All rows rendered, then all of their texts put into tokens at once, then cut into answers."""
-    drafts = [faults.tried(row.where, draft_answers, tokenizer, row) for row in rows]
+    ahead = zip(rows, rendered_ahead(tokenizer, rows), strict=True)
+    drafts = [faults.tried(row.where, draft_answers, tokenizer, row, rendered) for row, rendered in ahead]
     ids = iter(many_ids(tokenizer, [text for one in drafts for text in texts_of(one or ())]))
     found: list[Encoded | None] = []
     for row, draft in zip(rows, drafts, strict=True):

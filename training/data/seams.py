@@ -44,10 +44,21 @@ def prompt_within(tokenizer: PreTrainedTokenizerBase, seam: Seam, whole: str, id
     """
     pattern, special = _special(tokenizer)
     assert pattern is not None
-    places = [place for place, token in enumerate(ids) if token in special]
+    places = _places(list(ids), special)
     if len(places) != len(pattern.findall(whole)):
         return None
     return [*ids[: places[seam.count - 1]], *_tail_ids(tokenizer, seam.tail)]
+
+
+def _places(ids: list[int], special: frozenset[int]) -> list[int]:
+    """Where special tokens stand, in order; looked for one by one, since a row has few of them."""
+    found: list[int] = []
+    for token in special.intersection(ids):
+        place = -1
+        for _ in range(ids.count(token)):
+            place = ids.index(token, place + 1)
+            found.append(place)
+    return sorted(found)
 
 
 @lru_cache(maxsize=8)

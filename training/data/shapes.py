@@ -14,6 +14,7 @@ from training.data.turns import Messages
 from training.errors import TenureError, fail
 
 SAMPLED = 100
+_FAULTS_TOLD = 20
 PROMPTS = ("prompt", "question", "instruction", "input", "query", "problem")
 COMPLETIONS = ("completion", "answer", "output", "response", "target", "solution")
 _TURNS = ("messages", "conversations", "conversation")
@@ -27,14 +28,16 @@ def recognise(location: Location) -> Fields:
     """The columns of a source whose spec names none, by the first hundred rows that can be read.
 
     Raises:
-        TenureError: the columns fit no form or several, or rows differ in form.
+        TenureError: the columns fit no form or several, rows differ in form, or none can be read.
     """
-    rows = [(where, row) for where, row in islice(open_rows(location), SAMPLED) if not isinstance(row, RowFault)]
+    read = list(islice(open_rows(location), SAMPLED))
+    rows = [(where, row) for where, row in read if not isinstance(row, RowFault)]
     if not rows:
-        raise fail("no row can be read by which to recognise the columns", str(location), "mend the rows")
+        raise TenureError([row.at(where) for where, row in read if isinstance(row, RowFault)][:_FAULTS_TOLD])
     kinds = [{column: _kind(value) for column, value in row.items()} for _, row in rows]
-    common = {column: kind for column, kind in kinds[0].items() if all(one.get(column) == kind for one in kinds)}
-    anywhere = {column for one in kinds for column in one}
+    fitting = [one for one in kinds if list(_forms(one, set(one)))] or kinds  # the others are told, or dropped, as rows
+    common = {column: kind for column, kind in fitting[0].items() if all(one.get(column) == kind for one in fitting)}
+    anywhere = {column for one in fitting for column in one}
     found = list(_forms(common, anywhere))
     if len(found) == 1:
         return found[0]

@@ -12,10 +12,10 @@ import mmap
 import os
 import shutil
 import uuid
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, overload, runtime_checkable
 
@@ -47,8 +47,8 @@ def batch_of(rows: Sequence[Encoded]) -> pa.RecordBatch:
     """Rows as they lie in a file."""
     lengths = _numbers((len(row.ids) for row in rows), len(rows))
     ends = _numbers(np.concatenate([[0], lengths.cumsum()]), len(rows) + 1)
-    ids = _numbers(chain.from_iterable(row.ids for row in rows), int(ends[-1]))
-    flags = np.fromiter(chain.from_iterable(row.is_target for row in rows), np.bool_, int(ends[-1]))
+    ids = np.frombuffer(b"".join(array("i", row.ids) for row in rows), np.int32)
+    flags = np.frombuffer(b"".join(bytes(row.is_target) for row in rows), np.bool_)
     lists = [pa.ListArray.from_arrays(pa.array(ends), pa.array(values)) for values in (ids, flags)]
     num_targets = _numbers((row.num_targets for row in rows), len(rows))
     return pa.record_batch([*lists, pa.array(lengths), pa.array(num_targets)], schema=SCHEMA)

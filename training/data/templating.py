@@ -9,7 +9,7 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from training.data.row import MAX_ROW_BYTES, Row, RowFault
+from training.data.row import MAX_ROW_BYTES, LastFault, Row, RowFault
 from training.data.timelimit import time_limit
 
 
@@ -43,6 +43,8 @@ def _fill_template(source: str, row: Row) -> str:
     try:
         with time_limit(MAX_SECONDS):
             return _template(source).render(row)
+    except TimeoutError as error:  # with other rows it would take as long
+        raise LastFault(f"the template {source!r} failed: {error}", "write one that loops less") from None
     except (TemplateError, *_TEMPLATE_FAULTS) as error:
         reason = str(error) or type(error).__name__
         raise RowFault(f"the template {source!r} failed: {reason}", f"columns here: {', '.join(row)}") from None
@@ -55,7 +57,6 @@ _TEMPLATE_FAULTS = (
     LookupError,
     MemoryError,
     RecursionError,
-    TimeoutError,
     TypeError,
     ValueError,
 )

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from training.data.chat import render_prompt
 from training.data.encoding import Encoded, encode_many, spaced, wants_chat
 from training.data.items import SuiteItem
+from training.data.rendering import render_prompt
 from training.data.rows import Conversation, Faults
 from training.data.tokens import continued_ids, prompt_ids, text_ids
 from training.suite_spec import Accuracy, Answering, FileSuite, GreedyMatch

@@ -58,6 +58,7 @@ class _Scan:
     hits: dict[str, list[Hit]] = field(default_factory=dict)
     places: list[str] = field(default_factory=list)
     preview: list[PreviewRow] = field(default_factory=list)
+    faults: Faults = field(default_factory=Faults)
 
     def add(self, sample: Sample, rows: tuple[Encoded, ...], special: list[str]) -> None:
         """Look at one row."""
@@ -132,17 +133,18 @@ def _parts(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[
     for role, sources in given:
         for number, source in enumerate(sources, start=1):
             name = role if len(sources) == 1 else f"{role} {number}"
-            yield _Scan(name, role, Path(source.path), source.form), _rows_of(source, tokenizer)
+            faults = Faults(drop=source.faulty == "drop")
+            scan = _Scan(name, role, Path(source.path), source.form, faults=faults)
+            yield scan, _rows_of(source, tokenizer, faults)
     for suite in spec.suites.all:
         role = "target" if suite in spec.suites.target else "retention"
         form = "text" if suite.metric == "cross_entropy" and suite.text is not None else suite.metric
         yield _Scan(suite.name, role, Path(suite.path), form), _items_of(suite, tokenizer)
 
 
-def _rows_of(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
+def _rows_of(source: Source, tokenizer: PreTrainedTokenizerBase, faults: Faults) -> Iterator[Row]:
     """Every row with what it becomes; the faults of rows that cannot be encoded come after the last one, together."""
     encoder = RowEncoder(tokenizer, source)
-    faults = Faults(drop=source.faulty == "drop")
     for example in examples(source, faults):
         row = faults.tried(place_of(example), lambda one: (sample_of(one), encoder.encode(one)), example)
         if row:
@@ -182,7 +184,12 @@ def _finish(scan: _Scan, spec: RunSpec, duplicates: Duplicates, identifier: obje
         lengths=lengths,
         labels=scan.labels.found(),
         languages=scan.languages.found(identifier),
-        findings=(*_row_findings(scan), *_length_findings(scan, spec), *_balance_findings(scan)),
+        findings=(
+            *_dropped_findings(scan),
+            *_row_findings(scan),
+            *_length_findings(scan, spec),
+            *_balance_findings(scan),
+        ),
         preview=tuple(scan.preview),
     )
 
@@ -192,6 +199,13 @@ def _row_findings(scan: _Scan) -> Iterator[Finding]:
         level: Level = "note" if kind in _NOTES else "look"
         text = TEXTS.get(kind, f"{'an' if kind[0] in 'aeAI' else 'a'} {kind} stands in the row")
         yield Finding(kind=kind, level=level, text=text, count=count, hits=tuple(scan.hits[kind]))
+
+
+def _dropped_findings(scan: _Scan) -> Iterator[Finding]:
+    if scan.faults.count:
+        hits = tuple(Hit(where=one.where, excerpt=mask_private(one.what)) for one in scan.faults.first[:MAX_HITS])
+        text = "cannot be read or encoded: dropped"
+        yield Finding(kind="dropped", level="look", text=text, count=scan.faults.count, hits=hits)
 
 
 def _length_findings(scan: _Scan, spec: RunSpec) -> Iterator[Finding]:

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.data.chat import render_prompt
 from training.data.encoding import Encoded, encode, load_tokenizer, spaced, wants_chat
 from training.data.locations import hash_data
 from training.data.readers import read_rows
+from training.data.rendering import render_prompt
 from training.data.rows import Conversation, read_prompts
 from training.data.tokens import continued_ids, prompt_ids, text_ids
 from training.data.turns import Messages
