@@ -158,7 +158,13 @@ def killed(base: Path, name: str, address: str, after_s: float, wanted: dict[str
     folder = SweepFolder(base / "workspace" / "sweeps" / name)
     state = resumed(base, name, address) if folder.spec.is_file() else begun_again(base, name, address, folder)
     found = outcome(base, name)
-    told = {"after_seconds": after_s, "resumed": state, "same": found == wanted, "left_behind": left}
+    told = {
+        "after_seconds": after_s,
+        "killed": driver.returncode == -signal.SIGKILL,
+        "resumed": state,
+        "same": found == wanted,
+        "left_behind": left,
+    }
     attempts = [record.trial.attempts for record in folder.records()]
     print(json.dumps(told), flush=True)
     return told | {"begun_again": sum(number > 1 for number in attempts), "outcome": None if found == wanted else found}
