@@ -6,7 +6,8 @@ A small sweep (a byte-level model, four trials, two finalists' seeds) runs once 
 Then it runs again under a fresh name once a kill: its driver is ended by SIGKILL at a moment drawn evenly from the
 undisturbed run's time, and `tenure sweep --resume` goes on with it. Told is whether each ended with the same finished
 trials and the same winner, how many trials were worked on more than once, and what of the killed driver was still there
-half a minute later: placement groups, claimed processors, working processes.
+half a minute later: placement groups, claimed processors, working processes. OUT is written anew after every kill; no
+kill is begun after `--limit` minutes.
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ OPEN = {**os.environ, "RAY_AUTH_MODE": "disabled"}  # the cluster and all that s
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--limit", type=float, default=120.0, help="Minutes after which no more kills begin.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and the Ray cluster with it
+    until = time.monotonic() + 60 * arguments.limit
     with tempfile.TemporaryDirectory() as scratch, ray_head(Path(scratch)) as address:
         base = write_base(Path(scratch))
         run(base, "first", address)  # what the workspace keeps for all sweeps is not timed
@@ -57,6 +61,8 @@ def main() -> None:
         draw = random.Random(arguments.seed)
         kills: list[dict[str, Any]] = []
         for number in range(arguments.kills):
+            if time.monotonic() > until:
+                break
             kills.append(killed(base, f"killed-{number}", address, draw.uniform(0, seconds), wanted))
             told = {"undisturbed_seconds": seconds, "outcome": wanted, "same": sum(one["same"] for one in kills)}
             write_json(arguments.out, {**told, "kills": kills, **where()})
@@ -84,8 +90,8 @@ def ray_head(scratch: Path) -> Iterator[str]:
 
 
 def expect_up(ray: str, address: str) -> None:
-    """Wait for a cluster to answer, two minutes at most."""
-    deadline = time.monotonic() + 120
+    """Wait for a cluster to answer, ten minutes at most: machines that do other work take long."""
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         asked = subprocess.run(
             [ray, "health-check", "--address", address], env=OPEN, check=False, capture_output=True, text=True
@@ -150,9 +156,15 @@ def killed(base: Path, name: str, address: str, after_s: float, wanted: dict[str
         driver.wait()
     left = leftovers(address)
     folder = SweepFolder(base / "workspace" / "sweeps" / name)
-    state = resumed(base, name, address) if folder.shared.is_file() else begun_again(base, name, address, folder)
+    state = resumed(base, name, address) if folder.spec.is_file() else begun_again(base, name, address, folder)
     found = outcome(base, name)
-    told = {"after_seconds": after_s, "resumed": state, "same": found == wanted, "left_behind": left}
+    told = {
+        "after_seconds": after_s,
+        "killed": driver.returncode == -signal.SIGKILL,
+        "resumed": state,
+        "same": found == wanted,
+        "left_behind": left,
+    }
     attempts = [record.trial.attempts for record in folder.records()]
     print(json.dumps(told), flush=True)
     return told | {"begun_again": sum(number > 1 for number in attempts), "outcome": None if found == wanted else found}
@@ -166,7 +178,7 @@ def resumed(base: Path, name: str, address: str) -> str:
 
 
 def begun_again(base: Path, name: str, address: str, folder: SweepFolder) -> str:
-    """A sweep that was killed before anything was settled has nothing to go on with, and is started."""
+    """A sweep that was killed before its spec was kept has nothing to go on with, and is started."""
     if folder.path.exists():
         folder.path.rename(folder.path.with_name(f"{name}.torn"))
     run(base, name, address)

@@ -5,7 +5,8 @@
 Runs `tenure sweep` over the given base run (a spec whose data and suites exist) with `--trials` random settings, no
 early stopping and no finalists, `--at-once` trials side by side, in a process of its own. What each trial spent on
 planning, setup, steps, export, scoring and tracking comes from its record; what is left of the wall time (times the
-trials side by side) is the rest: the start of Ray and of the actors, what is shared, and idling.
+trials side by side) is the rest: the start of Ray and of the actors, what is shared, and idling. A sweep that takes
+longer than `--limit` minutes is interrupted, and told as far as it came.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -27,6 +30,7 @@ from sweeps.folder import SweepFolder
 from training.workspace import write_json
 
 USEFUL = ("steps", "scoring")
+INTERRUPTED, GRACE_S = 130, 30.0
 
 
 def main() -> None:
@@ -42,10 +46,11 @@ def main() -> None:
         "trials_at_once": arguments.at_once,
         **({"tokens_per_trial": arguments.tokens} if arguments.tokens else {}),
     }
-    wall = run_sweep(sweep, arguments.workspace)
+    wall, whole = run_sweep(sweep, arguments.workspace, 60 * arguments.limit)
     folder = SweepFolder(arguments.workspace.resolve() / "sweeps" / str(sweep["name"]))
     records = list(folder.records())
     found = {
+        "whole": whole,
         "trials": len(records),
         "states": [record.trial.state for record in records],
         "tokens": sum(record.trial.tokens for record in records),
@@ -72,17 +77,36 @@ def breakdown(wall: float, at_once: int, timings: Sequence[Mapping[str, float]])
     }
 
 
-def run_sweep(sweep: Mapping[str, Any], workspace: Path) -> float:
-    """Run a sweep by the command line; its wall seconds. One without a winner (status 3) is a sweep all the same."""
+def run_sweep(sweep: Mapping[str, Any], workspace: Path, limit_s: float) -> tuple[float, bool]:
+    """Run a sweep by the command line; its wall seconds, and whether it came to its end within the limit.
+
+    One without a winner (status 3) is a sweep all the same.
+    """
     workspace.mkdir(parents=True, exist_ok=True)
     file = workspace / f"{sweep['name']}.yaml"
     file.write_text(yaml.safe_dump(dict(sweep), sort_keys=False), encoding="utf-8")
     started = time.monotonic()
-    command = [sys.executable, "-m", "cluster", "--workspace", str(workspace), "sweep", str(file)]
-    done = subprocess.run(command, check=False)
-    if done.returncode not in (0, 3):
-        sys.exit(f"the sweep ended with status {done.returncode}")
-    return time.monotonic() - started
+    status = limited([sys.executable, "-m", "cluster", "--workspace", str(workspace), "sweep", str(file)], limit_s)
+    if status not in (0, 3, INTERRUPTED):
+        sys.exit(f"the sweep ended with status {status}")
+    return time.monotonic() - started, status != INTERRUPTED
+
+
+def limited(command: Sequence[str], limit_s: float, **options: Any) -> int:
+    """Run a command; its status, or INTERRUPTED (130) where it took longer and was interrupted as by ctrl-c."""
+    if threading.current_thread() is threading.main_thread():  # what a shell starts in the background ignores ctrl-c
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, **options)
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return INTERRUPTED
 
 
 def where() -> dict[str, Any]:
@@ -103,6 +127,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--tokens", type=int, help="Tokens a trial. Default: what the base run takes.")
     parser.add_argument("--at-once", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=60.0, help="Minutes after which the sweep is interrupted.")
     return parser.parse_args()
 
 

@@ -8,6 +8,9 @@ order, each as a `tenure train` of its own in a fresh workspace that shares noth
 for the same tokens, on the same validation suites, until that time is spent. Both hold all the machine's GPUs for
 as long as they run, so wall time stands for GPU time. Their hypervolumes over time are compared: when did the sweep
 reach what random search had in the end? The sweep is told with its WiSE-FT points and without.
+
+No search runs longer than `--hours` and a tenth; FILE.json is written anew after the sweep and after every run of the
+random search, so that one that is cut short has left what it found (`whole: false`).
 """
 
 from __future__ import annotations
@@ -18,14 +21,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.sweep_overhead import run_sweep, where
+from benchmarks.sweep_overhead import INTERRUPTED, limited, run_sweep, where
 from sweeps.folder import SweepFolder
 from sweeps.measures import measure
 from sweeps.pareto import REFERENCE, Place, volume_over_time
@@ -35,6 +37,7 @@ from training.errors import TenureError
 from training.evaluation.scorecard import read_scorecard
 from training.workspace import Workspace, write_json
 
+PATIENCE = 1.1  # a sweep ends by its budget of hours; what came before the first trial is not in that
 Timed = tuple[float, Place]
 Curve = Sequence[tuple[float, float]]  # (seconds, hypervolume), both ascending
 
@@ -55,27 +58,43 @@ def main() -> None:
     }
     given["budget"] = {"trials": arguments.trials, "hours": arguments.hours}
     started = time.time()
-    wall = run_sweep(given, shared.root)
+    wall, _ = run_sweep(given, shared.root, PATIENCE * seconds)
     folder = SweepFolder(shared.root / "sweeps" / "asha")
-    halving = sweep_points(folder, started)
-    random = list(random_points(folder, root, arguments.models, seconds, arguments.trials))
-    found = {
-        "hours": arguments.hours,
+    halving = {
+        "wall_seconds": wall,
+        "trials": sum(1 for _ in folder.records()),
+        "points": sweep_points(folder, started),
+    }
+    random: list[Timed | None] = []
+    _tell(arguments, told(halving, random, seconds, whole=False))
+    if folder.shared.is_file():
+        for tried in random_points(folder, root, arguments.models, seconds, arguments.trials):
+            random.append(tried)
+            _tell(arguments, told(halving, random, seconds, whole=False))
+    found = told(halving, random, seconds, whole=True)
+    _tell(arguments, found)
+    print(json.dumps(found, indent=1))
+
+
+def _tell(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    if arguments.out:
+        write_json(arguments.out, found)
+
+
+def told(halving: dict[str, Any], random: Sequence[Timed | None], seconds: float, *, whole: bool) -> dict[str, Any]:
+    """What both searches came to; a run of the random search that failed, or ended too late, is None."""
+    points = halving["points"]
+    found: dict[str, Any] = {
+        "whole": whole,
+        "seconds_each": seconds,
         "reference": REFERENCE,
-        "asha": {
-            "wall_seconds": wall,
-            "trials": sum(1 for _ in folder.records()),
-            **curve(_places(halving, wise=True)),
-        },
-        "asha_without_wise": curve(_places(halving, wise=False)),
-        "random": {"trials": len(random), **curve(random)},
+        "asha": {**halving, **curve(_places(points, wise=True))},
+        "asha_without_wise": curve(_places(points, wise=False)),
+        "random": {"trials": len(random), **curve([one for one in random if one])},
     }
     for name in ("asha", "asha_without_wise"):
         found[f"{name}_against_random"] = compared(found[name]["volume"], found["random"]["volume"], seconds)
-    found |= where()
-    print(json.dumps(found, indent=1))
-    if arguments.out:
-        write_json(arguments.out, found)
+    return found | where()
 
 
 def sweep_points(folder: SweepFolder, started: float) -> list[tuple[float, float | None, Place]]:
@@ -91,33 +110,32 @@ def _places(points: Sequence[tuple[float, float | None, Place]], wise: bool) -> 
     return [(at, place) for at, alpha, place in points if wise or alpha is None]
 
 
-def random_points(folder: SweepFolder, root: Path, models: Path, seconds: float, trials: int) -> list[Timed]:
+def random_points(folder: SweepFolder, root: Path, models: Path, seconds: float, trials: int) -> Iterator[Timed | None]:
     """(seconds since the start, place) of settings that are trained one after the other, sharing nothing."""
     sweep, tokens, suites = folder.read_spec(), folder.read_shared().tokens_per_trial, folder.read_shared().validation
-    found: list[Timed] = []
     started = time.monotonic()
-    for number in count():
-        if time.monotonic() - started >= seconds or number >= trials:
-            return found
+    for number in range(trials):
+        left = seconds - (time.monotonic() - started)
+        if left <= 0:
+            return
         workspace = Workspace.at(root / "random" / f"trial-{number:03d}")
         _with_models(workspace, models)
         spec = run_spec(sweep, draw(sweep, number), name="random", suites=suites)
         planning = time.monotonic()
         spec, _, _ = settle(spec, tokens, workspace)
         started += time.monotonic() - planning  # how many steps that is would be known to who searches by hand
-        card = _trained(spec.model_dump(mode="json", exclude_none=True), workspace)
-        if card is not None and time.monotonic() - started <= seconds:
-            found.append((time.monotonic() - started, card))
+        place = _trained(spec.model_dump(mode="json", exclude_none=True), workspace, left)
+        yield None if place is None else (time.monotonic() - started, place)
         shutil.rmtree(workspace.root, ignore_errors=True)
-    raise AssertionError
 
 
-def _trained(spec: dict[str, Any], workspace: Workspace) -> Place | None:
-    """Train and score a run in a process of its own; None when it failed."""
+def _trained(spec: dict[str, Any], workspace: Workspace, limit_s: float) -> Place | None:
+    """Train and score a run in a process of its own; None when it failed, or was not done within the limit."""
     file = workspace.root / "run.yaml"
     file.write_text(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True), encoding="utf-8")
     command = [sys.executable, "-m", "cluster", "--workspace", str(workspace.root), "train", str(file)]
-    subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
+    if limited(command, limit_s, stdout=subprocess.DEVNULL) == INTERRUPTED:
+        return None
     try:
         measures = measure(read_scorecard(workspace.run("random-1").scorecard))
     except TenureError:

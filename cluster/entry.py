@@ -101,7 +101,7 @@ def _begun(workspace: Workspace, command: str, run_id: str) -> bool:
     marks = {
         "train": workspace.runs / run_id / "spec.json",
         "sequence": workspace.root / "sequences" / run_id / "sequence.json",
-        "sweep": workspace.root / "sweeps" / run_id / "shared.json",
+        "sweep": workspace.root / "sweeps" / run_id / "sweep.json",
     }
     return command in marks and marks[command].is_file()
 

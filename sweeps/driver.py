@@ -20,7 +20,7 @@ from sweeps.presets import amounts, strategies
 from sweeps.pricing import claims, needs
 from sweeps.report import write_sweep_report
 from sweeps.result import SweepResult, Trial, write_result
-from sweeps.space import Setting, draw, settings
+from sweeps.space import Setting, check_space, draw, settings
 from sweeps.spec import SweepSpec
 from sweeps.steering import resource
 from sweeps.tracking import log_sweep
@@ -60,14 +60,17 @@ def begin(sweep: SweepSpec, given: str, notes: Sequence[str], workspace: Workspa
 
 
 def resume(name: str, workspace: Workspace) -> SweepFolder:
-    """The folder of a sweep to go on with.
+    """The folder of a sweep to go on with; one that ended before its suites were split is settled now.
 
     Raises:
-        TenureError: there is none, or it stopped before its first trial.
+        TenureError: there is none, it stopped before its spec was kept, or a strategy cannot be run any more.
     """
     folder = find_sweep(workspace, name)
-    if not folder.shared.is_file():
+    if not folder.spec.is_file():
         raise fail(f"sweep '{name}' never started", str(folder.path), "remove the folder, and start it again")
+    if not folder.shared.is_file():
+        sweep = folder.read_spec()
+        settle(sweep, folder, workspace, plan_strategies(sweep, workspace), check_space(sweep))
     return folder
 
 
@@ -127,13 +130,14 @@ def search(sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, console:
 
 
 def interrupted(folder: SweepFolder) -> list[dict[str, Any]]:
-    """The jobs of trials that were begun and never ended."""
+    """The jobs of the search's trials that were begun and never ended; finalists' other seeds are begun by finish()."""
     found = []
     for file in sorted(folder.trials.glob("*.started.json")):
         name = file.name.removesuffix(".started.json")
         if folder.read(name) is None:
             note = folder.started(name) or {}
-            found.append({key: note[key] for key in ("name", "strategy", "values", "seed", "rerun_of")})
+            if note["rerun_of"] is None:
+                found.append({key: note[key] for key in ("name", "strategy", "values", "seed")})
     return found
 
 

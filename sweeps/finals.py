@@ -72,14 +72,25 @@ def _rerun(
 ) -> None:
     from sweeps.driver import try_jobs
 
-    jobs = []
+    jobs = seed_jobs(sweep, folder, nominees)
+    try_jobs(jobs, sweep, folder, workspace, Watch(sweep, folder, workspace, console), whole=True)
+
+
+def seed_jobs(sweep: SweepSpec, folder: SweepFolder, nominees: Sequence[Point]) -> list[TrialJob]:
+    """The nominees' trials under other seeds. A trial runs once a seed, whichever places of its curve are nominees."""
+    alphas: dict[str, list[float]] = {}
+    for point in nominees:
+        alphas.setdefault(point.trial, []).extend(() if point.alpha is None else (point.alpha,))
+    jobs: dict[str, TrialJob] = {}
     for point in nominees:
         record = folder.read(point.trial)
         assert record is not None
+        setting = dict(record.trial.config)
         for seed, name in _trials_of(sweep, point).items():
             if name != point.trial:
-                jobs.append(TrialJob(name, point.strategy, dict(record.trial.config), seed, rerun_of=point.trial))
-    try_jobs(jobs, sweep, folder, workspace, Watch(sweep, folder, workspace, console), whole=True)
+                standing = sorted(alphas[point.trial])
+                jobs[name] = TrialJob(name, point.strategy, setting, seed, rerun_of=point.trial, alphas=standing)
+    return list(jobs.values())
 
 
 def _done(sweep: SweepSpec, folder: SweepFolder, point: Point) -> dict[int, str]:
@@ -133,7 +144,7 @@ def _winner(
         return None
     console.print(f"winner [bold]{best.trial}[/] ({best.strategy}); scoring it on test, once")
     done = dict(zip(best.seeds, best.trials, strict=True))
-    cards = [_test_card(sweep, folder, workspace, name, best.alpha) for name in done.values()]
+    cards = _test_cards(folder, workspace, best.trials, best.alpha)
     test = _finalist(sweep, best.trial, best.strategy, best.alpha, done, cards, "test")
     run = folder.run_of(workspace, best.trial if best.trial in best.trials else best.trials[0])
     return Winner(
@@ -149,15 +160,18 @@ def _winner(
     )
 
 
-def _test_card(
-    sweep: SweepSpec, folder: SweepFolder, workspace: Workspace, name: str, alpha: float | None
-) -> Scorecard:
-    """The scorecard of a trial's artifact on the test suites, scored in a process of its own as any run's."""
-    run = folder.run_of(workspace, name)
-    spec = stages.spec_of(run).model_copy(update={"suites": folder.read_shared().test})
-    cards = stages.score_artifacts(run, spec, workspace, {"test": artifact_at(run, alpha)})
-    write_json(run.path / "test-scorecard.json", cards["test"].model_dump(mode="json"))
-    return cards["test"]
+def _test_cards(
+    folder: SweepFolder, workspace: Workspace, trials: Sequence[str], alpha: float | None
+) -> list[Scorecard]:
+    """The scorecards of trials' artifacts on the test suites, each scored in a process of its own as any run's."""
+    runs = [folder.run_of(workspace, name) for name in trials]
+    spec = stages.spec_of(runs[0]).model_copy(update={"suites": folder.read_shared().test})
+    models = {f"test-{run.id}": artifact_at(run, alpha) for run in runs}
+    scored = stages.score_artifacts(runs[0], spec, workspace, models)
+    cards = [scored[f"test-{run.id}"].model_copy(update={"run_id": run.id}) for run in runs]
+    for run, card in zip(runs, cards, strict=True):
+        write_json(run.path / "test-scorecard.json", card.model_dump(mode="json"))
+    return cards
 
 
 def winning_spec(sweep: SweepSpec, run: RunFolder, alpha: float | None) -> str:

@@ -24,7 +24,7 @@ class Search:
     """How a sweep searches: trials over rungs that grow by `reduction`, the last of `tokens_per_trial` tokens.
 
     `finalists` run again under `seeds` seeds in all. Every trial is scored at each of its rungs, and a finished one at
-    `alphas` points between the base and itself.
+    `alphas` points between the base and itself; one that runs again at the point that is a finalist.
     """
 
     trials: int
@@ -74,9 +74,8 @@ def _load(search: Search, reached: Sequence[int]) -> Load:
     parts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     again = search.finalists * (search.seeds - 1)
     tokens = sum(count * part for count, part in zip(reached, parts, strict=True)) + again * search.tokens_per_trial
-    scorings = (
-        sum(reached) + reached[-1] * search.alphas + again * (1 + search.alphas) + search.finalists * search.seeds
-    )
+    tests = search.seeds if search.finalists else 0  # of the winner alone
+    scorings = sum(reached) + reached[-1] * search.alphas + again * (1 + min(1, search.alphas)) + tests
     return Load(search.trials + again, tokens, scorings)
 
 

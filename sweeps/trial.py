@@ -47,6 +47,7 @@ MOST_ATTEMPTS = 3
 class TrialJob:
     """A trial as plain values; `rerun_of` as in sweeps.result.Trial.
 
+    Of finalists under another seed: `alphas`, the places on the trial's curve that they stand at. No others are scored.
     Of population-based training: the generation to train, and the trial whose weights it starts from.
     """
 
@@ -55,6 +56,7 @@ class TrialJob:
     values: dict[str, Any]
     seed: int
     rerun_of: str | None = None
+    alphas: list[float] = field(default_factory=list)
     generation: int | None = None
     parent: str | None = None
 
@@ -234,6 +236,8 @@ class TrialRun:
         except TenureError as error:
             print(f"no curve towards the base: {error}", flush=True)
             return ()
+        if self.job.rerun_of:
+            return tuple(self.job.alphas)
         return tuple(alpha for alpha in self.bench.sweep.alphas if 0 < alpha < 1)
 
     def _track(self, card: Scorecard) -> None:

@@ -10,12 +10,20 @@ from ray.tune import Callback, Stopper
 from rich.console import Console
 
 from sweeps.folder import Record, SweepFolder
+from sweeps.price import missing
+from sweeps.pricing import needs
 from sweeps.result import Amount, Trial
 from sweeps.spec import SweepSpec
 from sweeps.tracking import log_trial
 from training.errors import TenureError, fail
 from training.tracking import tracking_id_of
 from training.workspace import Workspace, read_json
+
+
+def _whole_cluster() -> dict[str, float]:
+    import ray
+
+    return dict(ray.cluster_resources())
 
 
 def amount_spent(folder: SweepFolder, under_way: Iterable[str] = ()) -> Amount:
@@ -107,11 +115,17 @@ class Watch(Callback):  # type: ignore[misc]
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         now = time.monotonic()
         self._keep_time(now)
-        waiting = [trial for trial in trials if trial.status == "PENDING"]
-        if not waiting or any(trial.status == "RUNNING" for trial in trials):
+        if not self._waits(trials):
             self._last_running = now
         elif now - self._last_running > self._sweep.wait_s:
             raise self._never_came(now - self._last_running)
+
+    def _waits(self, trials: list[Any]) -> bool:
+        """Whether no trial can start; one of several workers runs, and waits for them itself."""
+        if self._sweep.run.scaling.workers > 1:
+            return bool(missing(_whole_cluster(), needs(self._sweep)))
+        states = {trial.status for trial in trials}
+        return "PENDING" in states and "RUNNING" not in states
 
     def _keep_time(self, now: float) -> None:
         from training.workspace import write_json
@@ -125,11 +139,11 @@ class Watch(Callback):  # type: ignore[misc]
     def _never_came(self, seconds: float) -> TenureError:
         import ray
 
-        from sweeps.pricing import claims
-
-        free, wants = ray.available_resources(), claims(self._sweep)
+        wants = needs(self._sweep)
+        several = self._sweep.run.scaling.workers > 1
+        free, word = (_whole_cluster(), "in all") if several else (ray.available_resources(), "free")
         short = {name: free.get(name, 0.0) for name, amount in wants.items() if free.get(name, 0.0) < amount}
-        told = ", ".join(f"{wants[name]:g} {name} ({value:g} free)" for name, value in short.items()) or "a free node"
+        told = ", ".join(f"{wants[name]:g} {name} ({value:g} {word})" for name, value in short.items()) or "a free node"
         what = f"no trial could start for {seconds:.0f} s: each waits for {told}"
         return fail(what, "scaling", "free it, join nodes, lower what a trial claims, or raise wait_s")
 

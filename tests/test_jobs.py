@@ -115,7 +115,7 @@ def test_a_job_is_kept_in_the_workspace_and_begins_once(spec: Path, workspace: W
     ("command", "mark", "begun"),
     [
         ("sequence", "sequences/x/sequence.json", ["resume", "x"]),
-        ("sweep", "sweeps/x/shared.json", ["sweep", "--resume", "x"]),
+        ("sweep", "sweeps/x/sweep.json", ["sweep", "--resume", "x"]),
         ("serve", "runs/far/spec.json", ["serve", "far"]),
         ("eval", "evals/x/scored.json", ["eval", "SPEC", "--of", "far", "--id", "x"]),
     ],

@@ -64,6 +64,15 @@ def begun(
 Begun = tuple[SweepFolder, Workspace]
 
 
+def test_a_sweep_that_was_killed_before_it_was_settled_is_settled_when_it_is_resumed(begun: Begun) -> None:
+    folder, workspace = begun
+    settled = folder.read_shared()
+    folder.shared.unlink()
+    again = driver.resume(folder.id, workspace).read_shared()
+    own = {"mlflow_run", "started"}
+    assert again.model_dump(exclude=own) == settled.model_dump(exclude=own)
+
+
 def actor(begun: Begun, name: str, rate: float = 1e-3, **given: Any) -> TrialActor:
     folder, workspace = begun
     job = TrialJob(name, "full", {"training.learning_rate": rate}, 0, **given)
@@ -214,6 +223,16 @@ def test_a_member_of_a_population_that_breaks_the_contract_stays(begun: Begun) -
         told = actor(begun, "breaker", rate=3e-2, generation=0).step()
     assert told["score"] < -900
     assert folder.read("breaker") is None
+
+
+def test_another_seed_of_a_finalist_is_scored_where_that_stands(begun: Begun) -> None:
+    """The sweep's other alphas are for the front, where other seeds have no place."""
+    with changed(begun, alphas=(0.25, 0.5)):
+        trial = actor(begun, "other-seed", rerun_of="first", alphas=[0.5])
+        trial.step(), trial.step()
+    record = begun[0].read("other-seed")
+    assert record is not None
+    assert [point.alpha for point in record.points] == [None, 0.5]
 
 
 @contextmanager

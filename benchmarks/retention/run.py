@@ -7,8 +7,9 @@ the base of two `tenure sweep`s on the new one: over the learning rate of plain 
 nothing, for the gain that there is to be had; and over eleven strategies under the contract: full tuning plain and with
 seven protections, and three kinds of LoRA. Skills are made from real sentences (benchmarks/retention/tasks.py). Both
 are scored by exact answers (`greedy_match`): retention is the share of the kept skill's right answers that is left.
-OUT/figures.json holds the figures, OUT/PAIR the specs, the sweep's result and its front. `--skills` names a folder that
-write_skills() filled elsewhere; `--cpu`, `--rows`, `--trials` and `--model` make a rehearsal of it.
+OUT/figures.json holds the figures (those of other pairs stay), OUT/PAIR the specs, the sweep's result and its front.
+`--skills` names a folder that write_skills() filled elsewhere; `--limit` interrupts what runs after so many minutes and
+tells what there is; `--cpu`, `--rows`, `--trials` and `--model` make a rehearsal of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -27,19 +27,22 @@ from typing import Any
 import yaml
 
 from benchmarks.retention.tasks import write_skills
-from benchmarks.sweep_overhead import where
+from benchmarks.sweep_overhead import INTERRUPTED, limited, where
+from sweeps.folder import SweepFolder
+from sweeps.gather import gather
 from sweeps.pareto import best_full
 from sweeps.plots import draw_front
 from sweeps.result import Finalist, Point, SweepResult, read_result
 from sweeps.words import winning
 from training.fetch import fetch_data
-from training.workspace import Workspace, write_json, write_text
+from training.workspace import Workspace, read_json, write_json, write_text
 
 # (kept skill, new one)
 PAIRS = {
     "capitals-unit": ("capitals", "unit"),
-    "unit-social": ("unit", "social"),
+    "unit-capitals": ("unit", "capitals"),
     "origin-capitals": ("origin", "capitals"),
+    "unit-social": ("unit", "social"),
 }
 FORGETS, KEEPS, SHARE_OF_FULL = 0.95, 0.97, 0.92
 
@@ -50,40 +53,48 @@ def main() -> None:
     skills = arguments.skills or root / "skills"
     if arguments.skills is None:
         write_skills(fetch_data(Workspace.at(root)), skills, arguments.rows, arguments.rows // 2)
-    started = time.monotonic()
-    pairs = {}
+    until = time.monotonic() + 60 * arguments.limit
     for pair in arguments.pairs:
-        full, result = _swept(pair, skills.resolve(), root, arguments)
-        pairs[pair] = figures(full, result, arguments.out / pair)
-        found = {"pairs": pairs, "seconds": round(time.monotonic() - started), **where()}
-        write_json(arguments.out / "figures.json", found)
-        print(json.dumps({pair: pairs[pair]}, indent=1), flush=True)
+        started = time.monotonic()
+        full, result = _swept(pair, skills.resolve(), root, until, arguments)
+        found = figures(full, result, arguments.out / pair)
+        _keep(arguments.out / "figures.json", pair, found | {"seconds": round(time.monotonic() - started)})
+        print(json.dumps({pair: found}, indent=1), flush=True)
 
 
-def _swept(pair: str, skills: Path, root: Path, arguments: argparse.Namespace) -> tuple[SweepResult, SweepResult]:
+def _keep(file: Path, pair: str, found: dict[str, Any]) -> None:
+    """Write a pair's figures beside those of the others, each with where it was measured."""
+    known = read_json(file)["pairs"] if file.is_file() else {}
+    write_json(file, {"pairs": {**known, pair: found | where()}})
+
+
+def _swept(
+    pair: str, skills: Path, root: Path, until: float, arguments: argparse.Namespace
+) -> tuple[SweepResult, SweepResult]:
     """Teach the kept skill unless it is taught, then sweep over the new one: full tuning alone, and all strategies."""
     kept, new = PAIRS[pair]
     taught = root / "runs" / f"{kept}-1" / "artifact"
     if not taught.is_dir():
-        _tenure(root, "train", _write(root / f"{kept}.yaml", teaching(kept, skills, arguments)))
+        _tenure(root, "train", _write(root / f"{kept}.yaml", teaching(kept, skills, arguments)), until)
     spec = sweep(pair, kept, new, taught, skills, arguments)
     with ThreadPoolExecutor(2 if arguments.at_once else 1) as pool:
-        alone = pool.submit(_ended, full_alone(spec, arguments.full_trials), root, arguments.out / pair / "full")
-        result = pool.submit(_ended, spec, root, arguments.out / pair)
+        by_rate = full_alone(spec, arguments.full_trials)
+        alone = pool.submit(_ended, by_rate, root, until, arguments.out / pair / "full")
+        result = pool.submit(_ended, spec, root, until, arguments.out / pair)
         return alone.result(), result.result()
 
 
-def _ended(spec: dict[str, Any], root: Path, out: Path) -> SweepResult:
-    """Run a sweep to its end; its files are copied to `out`."""
-    _tenure(root, "sweep", _write(root / f"{spec['name']}.yaml", spec))
-    folder = root / "sweeps" / spec["name"]
-    for name in ("sweep.yaml", "winner.yaml", "result.json"):
-        if (folder / name).is_file():
+def _ended(spec: dict[str, Any], root: Path, until: float, out: Path) -> SweepResult:
+    """Run a sweep to its end, or until it is interrupted; its files are copied to `out`."""
+    _tenure(root, "sweep", _write(root / f"{spec['name']}.yaml", spec), until)
+    folder = SweepFolder(root / "sweeps" / spec["name"])
+    if not folder.shared.is_file():
+        sys.exit(f"time was up before {spec['name']} began")
+    for file in (folder.spec_yaml, folder.winner, folder.result):
+        if file.is_file():
             out.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, out / name)
-    result = read_result(folder / "result.json")
-    assert result is not None
-    return result
+            shutil.copyfile(file, out / file.name)
+    return read_result(folder.result) or gather(folder.read_spec(), folder, ("it was interrupted",))
 
 
 def teaching(kept: str, skills: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -104,7 +115,7 @@ def sweep(pair: str, kept: str, new: str, taught: Path, skills: Path, arguments:
         "base": base,
         "contract": {"min_gain": 0.0, "max_loss": 0.1, "min_retention": KEEPS},
         "strategies": strategies(str(skills / f"{kept}.train.jsonl")),
-        "budget": {"trials": arguments.trials},
+        "budget": {"trials": arguments.trials, "hours": arguments.limit / 60 / 2},  # the rest is for finalists
         "rungs": 2,
         "finalists": 3,
         "seeds": [0, 1, 2],
@@ -119,7 +130,7 @@ def full_alone(spec: dict[str, Any], trials: int) -> dict[str, Any]:
         "name": f"{spec['name']}-full",
         "contract": {"min_gain": 0.0, "max_loss": 1.0},
         "strategies": [{"name": "full", "tuning": {"type": "full"}, "protections": [], "space": {}}],
-        "budget": {"trials": trials},
+        "budget": {**spec["budget"], "trials": trials},
         "scheduler": "none",
         "finalists": 1,
         "alphas": [],
@@ -183,6 +194,7 @@ def figures(alone: SweepResult, result: SweepResult, out: Path) -> dict[str, Any
     full, winner = best_full(alone), winning(result)
     test = result.winner.test if result.winner else None
     found: dict[str, Any] = {
+        "whole": alone.finished is not None and result.finished is not None,
         "strategies": len(result.strategies),
         "trials": dict(Counter(trial.state for trial in result.searched)),
         "gpu_hours": result.spent.gpu_hours,
@@ -222,11 +234,12 @@ def _write(path: Path, spec: dict[str, Any]) -> Path:
     return path
 
 
-def _tenure(root: Path, command: str, spec: Path) -> None:
-    """Run a command of Tenure; a broken or undecided contract (3, 4) is a result all the same."""
-    done = subprocess.run([sys.executable, "-m", "cluster", "--workspace", str(root), command, str(spec)], check=False)
-    if done.returncode not in (0, 3, 4):
-        sys.exit(f"tenure {command} {spec} ended with status {done.returncode}")
+def _tenure(root: Path, command: str, spec: Path, until: float) -> None:
+    """Run a command of Tenure, interrupted when time is up; a broken or undecided contract (3, 4) is a result, too."""
+    whole = [sys.executable, "-m", "cluster", "--workspace", str(root), command, str(spec)]
+    status = limited(whole, max(0.0, until - time.monotonic()))
+    if status not in (0, 3, 4, INTERRUPTED):
+        sys.exit(f"tenure {command} {spec} ended with status {status}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -241,6 +254,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--full-trials", type=int, default=6, help="Rates at which full tuning alone is tried.")
     parser.add_argument("--trials-per-gpu", type=int, default=4)
     parser.add_argument("--at-once", action="store_true", help="both sweeps of a pair on the same GPU together")
+    parser.add_argument("--limit", type=float, default=60.0, help="Minutes for all pairs.")
     parser.add_argument("--cpu", action="store_true")
     return parser.parse_args()
 

@@ -77,7 +77,7 @@ exit "${{status:-0}}"
 _BEGUN = {
     "train": '"$workspace/runs/$run/spec.json"',
     "sequence": '"$workspace/sequences/$run/sequence.json"',
-    "sweep": '"$workspace/sweeps/$run/shared.json"',
+    "sweep": '"$workspace/sweeps/$run/sweep.json"',
 }
 _GO_ON = {"train": 'resume "$run"', "sequence": 'resume "$run"', "sweep": 'sweep --resume "$run"'}
 
