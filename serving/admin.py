@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.artifacts import artifact_problems
 from serving.audit import note_act
+from serving.canary import Canary, loss
 from serving.catalog import Alias, Catalog, Rollout, Served, Step, Watch
 from serving.exchange import App, Exchange, parse_body, read_body
 from serving.refusals import Refusal
@@ -49,6 +50,7 @@ class NewRollout(_Asked):
     steps: tuple[Step, ...] = STEPS
     shadow: float = Field(default=0.0, ge=0, le=1)
     watch: Watch = Watch()
+    canary: Canary | None = None
 
 
 class Back(_Asked):
@@ -121,10 +123,32 @@ def _check_adapter(model: Served, catalog: Catalog) -> None:
 async def _start_rollout(gate: Gate, exchange: Exchange, asked: dict[str, Any]) -> Any:
     wanted = _checked(NewRollout, asked)
     _check_name(wanted.alias)
+    _with_rollout(gate.catalog.read(), wanted)  # refuse what cannot be, before any question is asked
+    why = await _canary_loss(gate, wanted)
+    if why:
+        changed = gate.catalog.change(lambda catalog: _sent_back(catalog, wanted, why))
+        told = {"alias": wanted.alias, "model": wanted.model, "why": why}
+        note_act(gate.folder.audit, "rollout rolled back", exchange.key_id, **told)
+        return changed.aliases[wanted.alias].model_dump(mode="json")
     gate.conductor.forget(wanted.alias)
     changed = gate.catalog.change(lambda catalog: _with_rollout(catalog, wanted))
     note_act(gate.folder.audit, "rollout started", exchange.key_id, alias=wanted.alias, model=wanted.model)
     return changed.aliases[wanted.alias].model_dump(mode="json")
+
+
+async def _canary_loss(gate: Gate, wanted: NewRollout) -> str:
+    """Why a rollout has to go back before it gets a request; empty where nothing speaks against it."""
+    before = gate.catalog.read().aliases.get(wanted.alias)
+    if wanted.canary is None or before is None or before.current == wanted.model:
+        return ""
+    return await loss(wanted.canary, before.current, wanted.model, gate.app)
+
+
+def _sent_back(catalog: Catalog, wanted: NewRollout, why: str) -> Catalog:
+    """The rollout as one that was taken back before its first step."""
+    steps = wanted.steps or STEPS[-1:]
+    alias = _with_rollout(catalog, wanted.model_copy(update={"steps": steps})).aliases[wanted.alias]
+    return catalog.with_alias(stopped(alias, why, time.time()))
 
 
 def _with_rollout(catalog: Catalog, wanted: NewRollout) -> Catalog:

@@ -13,10 +13,12 @@ import pytest
 from fake_engine import Endpoint, chat
 
 from serving.audit import read_acts
+from serving.canary import read_items
 from serving.keys import Quota
 from serving.queueing import FairQueue
 from serving.refusals import Refusal
 from serving.spec import Limits
+from training.errors import TenureError
 
 CHAT = "/v1/chat/completions"
 
@@ -432,6 +434,49 @@ def test_errors_of_a_candidate_roll_it_back(endpoint: Endpoint) -> None:
     assert ask(endpoint, chat("hi", model="production")).status_code == 200
 
 
+@pytest.mark.parametrize("steps", [None, []])
+def test_a_candidate_that_loses_on_the_canary_suite_gets_no_request(
+    endpoint: Endpoint, steps: list[Any] | None
+) -> None:
+    endpoint.engine.broken.add("tuned-2")
+    items = [{"prompt": "It is BLUE.", "answer": "blue"}, {"prompt": "It is red.", "answer": "green"}]
+    asked = {"alias": "production", "model": "tuned-2", "canary": {"items": items, "max_loss": 0.4}}
+    found = act(endpoint, "/admin/rollouts", asked | ({} if steps is None else {"steps": steps})).json()
+    assert (found["current"], found["rollout"]["state"]) == ("tuned-1", "rolled_back")
+    assert found["rollout"]["reason"] == "0 of 2 canary items are right, and 1 were with 'tuned-1'"
+    assert [request["model"] for request in endpoint.engine.asked] == ["tuned-1"] * 2 + ["tuned-2"] * 2
+    assert ask(endpoint, chat("hi", model="production")).json()["model"] == "tuned-1"
+    assert [line["act"] for line in read_acts(endpoint.folder.audit)] == ["rollout rolled back"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_candidate_that_loses_no_more_than_it_may_rolls_out(endpoint: Endpoint, broken: bool) -> None:
+    if broken:
+        endpoint.engine.broken.add("tuned-2")
+    canary = {"items": [{"prompt": "It is BLUE.", "answer": "blue"}], "max_loss": 1.0 if broken else 0.0}
+    asked = {"alias": "production", "model": "tuned-2", "canary": canary}
+    assert act(endpoint, "/admin/rollouts", asked).json()["rollout"]["state"] == "rolling"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "a"}', "items.jsonl:1: this is no item of a canary suite (answer: Field required)"),
+        ('{"prompt": "a", "answer": "b"}\nnothing', "items.jsonl:2: this is no item"),
+        ("\n", "it has 0 items"),
+        ('{"prompt": "a", "answer": "b"}\n' * 201, "it has 201 items"),
+        (None, "there is no such file"),
+    ],
+)
+def test_a_file_that_is_no_canary_suite_is_refused(tmp_path: Path, text: str | None, said: str) -> None:
+    file = tmp_path / "items.jsonl"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(TenureError) as caught:
+        read_items(file)
+    assert said in str(caught.value)
+
+
 def test_a_slow_candidate_is_rolled_back_from_the_shadow_and_nobody_waits_for_it(endpoint: Endpoint) -> None:
     endpoint.engine.slow["tuned-2"] = 0.05
     asked = {"alias": "production", "model": "tuned-2", "shadow": 1.0, "watch": {"min_requests": 5}}
@@ -458,6 +503,7 @@ def test_a_slow_candidate_is_rolled_back_from_the_shadow_and_nobody_waits_for_it
         ("/admin/rollouts", {"alias": "base", "model": "tuned-1"}, 409),
         ("/admin/rollouts", {"alias": "../x", "model": "tuned-1"}, 400),
         ("/admin/rollouts", {"alias": "production", "model": "tuned-1", "shadow": 7}, 400),
+        ("/admin/rollouts", {"alias": "production", "model": "tuned-2", "canary": {"items": []}}, 400),
         ("/admin/rollback", {"alias": "nobody"}, 404),
         ("/admin/rollback", {"alias": "production"}, 409),
         ("/admin/models", {"model": {"name": "a:b", "path": "/x"}}, 400),
