@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from serving.canary import Canary, loss
 from serving.catalog import Alias, Catalog, Rollout, Served, Step, Watch
 from serving.exchange import App, Exchange, parse_body, read_body
 from serving.refusals import Refusal
+from serving.remote import copied, is_remote
 from serving.rollout import is_running, settled, stopped
 
 if TYPE_CHECKING:
@@ -90,12 +92,29 @@ async def _add_model(gate: Gate, exchange: Exchange, asked: dict[str, Any]) -> A
     model = _checked(NewModel, asked).model
     _check_name(model.name)
     catalog = gate.catalog.read()
-    if model.name in catalog.aliases or catalog.models.get(model.name, model).path != model.path:
+    known = catalog.models.get(model.name, model)
+    if model.name in catalog.aliases or model.path not in (known.path, known.source):
         raise Refusal(409, f"'{model.name}' names another model of this endpoint", "name_taken", "model")
-    await asyncio.to_thread(_check_adapter, model, catalog)
+    if known.source is not None:
+        return {"added": model.name}
+    model = await asyncio.to_thread(_fit, model, catalog, gate.folder.adapters)
     gate.catalog.change(lambda found: found.with_model(model))
-    note_act(gate.folder.audit, "model added", exchange.key_id, model=model.name, path=model.path)
+    note_act(gate.folder.audit, "model added", exchange.key_id, model=model.name, path=model.source or model.path)
     return {"added": model.name}
+
+
+def _fit(model: Served, catalog: Catalog, folder: Path) -> Served:
+    """The model, if a running engine can load it; copied here where it lies in a store."""
+    local = model
+    if is_remote(model.path):
+        local = model.model_copy(update={"path": str(copied(model.path, folder)), "source": model.path})
+    try:
+        _check_adapter(local, catalog)
+    except Refusal:
+        if local is not model:
+            shutil.rmtree(local.path)
+        raise
+    return local
 
 
 def _check_adapter(model: Served, catalog: Catalog) -> None:
@@ -218,7 +237,7 @@ def _releases(gate: Gate, exchange: Exchange) -> Any:
         exchange.key.may_use if exchange.key is not None and "admin" not in exchange.key.scopes else (lambda name: True)
     )
     aliases = [alias.model_dump(mode="json") for alias in catalog.aliases.values() if may(alias.name)]
-    hidden = {"path": True, "application": True}
+    hidden = {"path": True, "application": True, "source": True}
     models = [model.model_dump(mode="json", exclude=hidden) for model in catalog.models.values() if may(model.name)]
     return {"aliases": aliases, "models": models}
 

@@ -11,9 +11,11 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import Endpoint, chat
+from tiny import make_tiny_adapter
 
 from serving.audit import read_acts
 from serving.canary import read_items
+from serving.catalog import Served
 from serving.keys import Quota
 from serving.queueing import FairQueue
 from serving.refusals import Refusal
@@ -519,6 +521,54 @@ def test_what_administration_cannot_do_is_told(
     reply = act(endpoint, path, asked)
     assert reply.status_code == status, reply.text
     assert reply.json()["error"]["message"]
+
+
+def test_an_adapter_joins_from_a_store_and_is_not_copied_twice(
+    endpoint: Endpoint, tmp_path: Path, tiny_model: Path
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    made = make_tiny_adapter(tiny_model, tmp_path / "made", 1)
+    store = MemoryFileSystem()
+    for file in made.iterdir():
+        store.pipe_file(f"/bucket/support/{file.name}", file.read_bytes())
+    base = Served(name="tiny", path=str(tiny_model), max_rank=8)
+    endpoint.gate.catalog.change(lambda catalog: catalog.with_model(base))
+    asked = {"model": {"name": "support", "path": "memory://bucket/support", "base": "tiny"}}
+    for _ in range(2):
+        assert act(endpoint, "/admin/models", asked).json() == {"added": "support"}
+    (copy,) = endpoint.folder.adapters.iterdir()
+    found = endpoint.gate.catalog.read().models["support"]
+    assert (found.path, found.source) == (str(copy), "memory://bucket/support")
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == {
+        file.name: file.read_bytes() for file in made.iterdir()
+    }
+    assert ask(endpoint, chat("hi", model="support")).status_code == 200
+    other = {"model": {**asked["model"], "path": "memory://bucket/other"}}
+    assert act(endpoint, "/admin/models", other).status_code == 409
+
+
+@pytest.mark.parametrize(
+    ("address", "files", "code"),
+    [
+        ("memory://nowhere/at-all", {}, "unreadable_address"),
+        ("nostore://bucket/a", {}, "unreadable_address"),
+        ("memory://bad/pickled", {"adapter_config.json": b"{}", "adapter_model.bin": b"x"}, "unfit_artifact"),
+    ],
+)
+def test_what_a_store_lacks_or_holds_amiss_is_told_and_not_kept(
+    endpoint: Endpoint, tiny_model: Path, address: str, files: dict[str, bytes], code: str
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    for name, content in files.items():
+        MemoryFileSystem().pipe_file(f"{address.removeprefix('memory:/')}/{name}", content)
+    base = Served(name="tiny", path=str(tiny_model), max_rank=8)
+    endpoint.gate.catalog.change(lambda catalog: catalog.with_model(base))
+    reply = act(endpoint, "/admin/models", {"model": {"name": "x", "path": address, "base": "tiny"}})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, code)
+    assert not list(endpoint.folder.adapters.iterdir())
+    assert "x" not in endpoint.gate.catalog.read().models
 
 
 def test_no_request_fails_while_a_release_rolls_out_and_is_taken_back(endpoint: Endpoint) -> None:
