@@ -1,13 +1,15 @@
 """Requests while a release rolls out, a replica is killed and the release goes back; many adapters on one base.
 
     python -m benchmarks.serving_events --requests 10000 --out benchmarks/results/serving-events.json
+    python -m benchmarks.serving_events --stand-in --out benchmarks/results/serving-events-stand-in.json
     python -m benchmarks.serving_events --adapters 100 --model MODEL --out benchmarks/results/serving-adapters.json
 
 The first serves a random tiny model with two replicas and two adapters, at concurrency 32: a rollout at a fifth of the
 requests, SIGKILL to one engine's replica at two fifths, a rollback at four fifths; then a client leaves a stream
-midway, and the engine's own metric of running requests is read until it is zero. The second gives one base a hundred
-adapters, of which sixteen stay in memory, asks each once, then all again at random, and reads the memory of the
-engine's processes. On the CPU.
+midway, and the engine's own metric of running requests is read until it is zero. With --stand-in the same befalls the
+endpoint's gate before two processes that answer as vLLM does, on a machine too small for two engines. The last gives
+one base a hundred adapters, of which sixteen stay in memory, asks each once, then all again at random, and reads the
+memory of the engine's processes. On the CPU.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ import os
 import random
 import signal
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +34,7 @@ import aiohttp
 import psutil
 
 from benchmarks.serving import _machine, make_model
+from benchmarks.serving_stand_in import running as stand_in
 from cluster.session import ray_session
 from serving.endpoint import deploy_fleet
 from serving.files import ServingFolder
@@ -47,28 +53,67 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--adapters", type=int, help="measure so many adapters on one base instead")
     parser.add_argument("--model", type=Path, help="the base; a random tiny one where none is given")
+    parser.add_argument("--stand-in", action="store_true", help="engines that do no sums, without Ray and vLLM")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     be_quiet()
     with tempfile.TemporaryDirectory() as made:
-        scratch = Path(made)
-        base = arguments.model or make_model("tiny", scratch / "tiny")
-        adapters = make_adapters(base, scratch, arguments.adapters or 2)
-        engine = Engine("base", base, adapters, 8)
-        replicas = 1 if arguments.adapters else 2
-        fleet = Fleet((engine,), max_model_len=512, replicas=replicas, aliases={ALIAS: "adapter-0"})
-        folder = ServingFolder(scratch / "serving")
-        _, secret = KeyStore(folder.keys).create("benchmark", ("models", "admin"))
-        access = Access(folder=folder.path, keys="required")
-        with (
-            ray_session(None, {"CPU": 4.0}, scratch / "ray.log"),
-            deploy_fleet(fleet, {}, access, port=18_232, on_progress=print) as endpoint,
-        ):
-            url = endpoint.base_url.removesuffix("/v1")
-            measured = asyncio.run(_measure(url, secret, arguments, list(adapters)))
-    told = {"machine": _machine(), "model": base.name, **measured}
-    arguments.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        told = on_stand_ins(arguments, Path(made)) if arguments.stand_in else on_vllm(arguments, Path(made))
+    arguments.out.write_text(json.dumps({"machine": _machine(), **told}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(told, indent=1))
+
+
+def on_vllm(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """What the endpoint does with vLLM's engines under Ray Serve."""
+    base = arguments.model or make_model("tiny", scratch / "tiny")
+    adapters = make_adapters(base, scratch, arguments.adapters or 2)
+    engine = Engine("base", base, adapters, 8)
+    replicas = 1 if arguments.adapters else 2
+    fleet = Fleet((engine,), max_model_len=512, replicas=replicas, aliases={ALIAS: "adapter-0"})
+    folder = ServingFolder(scratch / "serving")
+    _, secret = KeyStore(folder.keys).create("benchmark", ("models", "admin"))
+    access = Access(folder=folder.path, keys="required")
+    with (
+        ray_session(None, {"CPU": 4.0}, scratch / "ray.log"),
+        deploy_fleet(fleet, {}, access, port=18_232, on_progress=print) as endpoint,
+    ):
+        url = endpoint.base_url.removesuffix("/v1")
+        return {"model": base.name} | asyncio.run(_measure(url, secret, arguments, list(adapters)))
+
+
+def on_stand_ins(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What the gate does with two engines that are processes of their own, one of which is killed and comes back."""
+    with ExitStack() as stack:
+        engines = [stack.enter_context(stand_in("engine")) for _ in range(2)]
+        told = folder / "replicas"
+        told.write_text("\n".join(url for _, url in engines), encoding="utf-8")
+
+        def kill() -> str:
+            """Another takes the place of the killed one two seconds later; until then the gate is sent to both."""
+            engines[0][0].kill()
+            later = threading.Timer(2.0, replace)
+            later.start()
+            stack.callback(later.join)
+            return "one of two engines, which another replaces after 2 s"
+
+        def replace() -> None:
+            _, url = stack.enter_context(stand_in("engine"))
+            told.write_text(f"{engines[1][1]}\n{url}", encoding="utf-8")
+
+        _, line = stack.enter_context(stand_in("gate", "--folder", str(folder), "--admin"))
+        url, secret = line.split()
+        return {"engines": "stand-ins"} | asyncio.run(_asked(url, secret, arguments, kill))
+
+
+async def _asked(url: str, secret: str, arguments: argparse.Namespace, kill: Callable[[], str]) -> dict[str, Any]:
+    async with _client(url, secret) as client:
+        return await _events(client, arguments.requests, arguments.concurrency, kill)
+
+
+def _client(url: str, secret: str) -> aiohttp.ClientSession:
+    headers = {"authorization": f"Bearer {secret}"}
+    timeout, connector = aiohttp.ClientTimeout(total=300), aiohttp.TCPConnector(limit=64)
+    return aiohttp.ClientSession(url, headers=headers, timeout=timeout, connector=connector)
 
 
 def make_adapters(base: Path, folder: Path, count: int) -> dict[str, Path]:
@@ -90,12 +135,10 @@ def make_adapters(base: Path, folder: Path, count: int) -> dict[str, Path]:
 
 
 async def _measure(url: str, secret: str, arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
-    headers = {"authorization": f"Bearer {secret}"}
-    timeout, connector = aiohttp.ClientTimeout(total=300), aiohttp.TCPConnector(limit=64)
-    async with aiohttp.ClientSession(url, headers=headers, timeout=timeout, connector=connector) as client:
+    async with _client(url, secret) as client:
         if arguments.adapters:
             return await _many_adapters(client, names)
-        events = await _events(client, arguments.requests, arguments.concurrency)
+        events = await _events(client, arguments.requests, arguments.concurrency, _kill_a_replica)
         return events | {"seconds_until_the_engine_stops": [await _leave(client) for _ in range(5)]}
 
 
@@ -113,7 +156,9 @@ async def ask(client: aiohttp.ClientSession, model: str, stream: bool, tokens: i
     return f"{'after a part of its stream' if reply.status == 200 else reply.status}: {text[-160:]}"
 
 
-async def _events(client: aiohttp.ClientSession, requests: int, concurrency: int) -> dict[str, Any]:
+async def _events(
+    client: aiohttp.ClientSession, requests: int, concurrency: int, kill: Callable[[], str]
+) -> dict[str, Any]:
     seen: Counter[str] = Counter()
     left, began = iter(range(requests)), time.monotonic()
     log: list[dict[str, Any]] = []
@@ -134,7 +179,7 @@ async def _events(client: aiohttp.ClientSession, requests: int, concurrency: int
         await _act(client, "/admin/rollouts", rollout)
         log[-1]["what"] = "a release rolls out"
         await after(0.4)
-        log[-1]["what"] = f"SIGKILL to {_kill_a_replica()}"
+        log[-1]["what"] = f"SIGKILL to {kill()}"
         await after(0.8)
         log[-1]["what"] = "rolled back to " + (await _act(client, "/admin/rollback", {"alias": ALIAS}))["current"]
 

@@ -170,6 +170,8 @@ def rollback(context: click.Context, alias: str, to: str | None, reason: str) ->
 @click.option("--seconds", default=30.0, show_default=True, type=click.FloatRange(min=0), help="How long a step lasts.")
 @click.option("--requests", default=20, show_default=True, type=click.IntRange(min=0), help="A step's least requests.")
 @click.option("--shadow", default=0.0, type=click.FloatRange(0, 1), help="Copy this share first, unseen by clients.")
+@click.option("--canary", type=Path, help='A JSONL of {"prompt", "answer"} that both releases are asked first.')
+@click.option("--max-canary-loss", default=0.0, type=click.FloatRange(0, 1), help="Share of it that may be lost.")
 @click.option("--at-once", is_flag=True, help="In one step.")
 @click.option("--no-wait", is_flag=True, help="Do not wait for its end.")
 @click.pass_context
@@ -180,16 +182,18 @@ def rollout(
     seconds: float,
     requests: int,
     shadow: float,
+    canary: Path | None,
+    max_canary_loss: float,
     at_once: bool,
     no_wait: bool,
 ) -> None:
-    """Bring ALIAS's release to the running endpoint, in steps; errors or slowness send it back.
+    """Bring ALIAS's release to the running endpoint, in steps; lost canary items, errors or slowness send it back.
 
     Exit status 3: it was sent back.
     """
     from cluster.releasing import Plan, roll_out
 
-    plan = Plan(shares or (0.05, 0.25), seconds, requests, shadow, at_once)
+    plan = Plan(shares or (0.05, 0.25), seconds, requests, shadow, at_once, canary, max_canary_loss)
     if not roll_out(alias, context.obj, plan, wait=not no_wait):
         sys.exit(BROKEN_CONTRACT)
 

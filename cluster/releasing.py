@@ -17,6 +17,7 @@ from rich.table import Table
 
 from cluster.keys import serving_folder
 from serving.audit import note_act, this_user
+from serving.canary import read_items
 from serving.client import connect
 from serving.endpoint import TOLERANCES
 from serving.parity import check_parity
@@ -26,7 +27,7 @@ from training.stages import spec_of
 from training.workspace import RunFolder, Workspace, read_json
 
 DEFAULT_ALIAS = "production"
-_ASK_S = 30.0
+_ASK_S = 300.0  # a canary suite is asked meanwhile
 _POLL_S = 1.0
 
 
@@ -39,6 +40,8 @@ class Plan:
     requests: int
     shadow: float
     at_once: bool
+    canary: Path | None = None
+    max_canary_loss: float = 0.0
 
     @property
     def steps(self) -> list[dict[str, float | int]]:
@@ -47,6 +50,13 @@ class Plan:
             return []
         shares = [*self.shares, *([] if 1.0 in self.shares else [1.0])]
         return [{"share": share, "seconds": self.seconds, "requests": self.requests} for share in shares]
+
+    def asked(self, alias: str, model: str) -> dict[str, Any]:
+        """The request to the endpoint."""
+        told = {"alias": alias, "model": model, "steps": self.steps, "shadow": self.shadow}
+        if self.canary is None:
+            return told
+        return told | {"canary": {"items": read_items(self.canary), "max_loss": self.max_canary_loss}}
 
 
 def promote_named(name: str, workspace: Workspace, alias: str | None, override: str | None) -> None:
@@ -118,12 +128,12 @@ def roll_out(alias: str, workspace: Workspace, plan: Plan, *, wait: bool) -> boo
     release = current_release(workspace, alias)
     if release is None:
         raise fail(f"nothing goes by the alias '{alias}'", "", "tenure promote RUN --as makes a release")
+    asked = plan.asked(alias, release.run)
     with _endpoint(workspace) as endpoint:
         if endpoint is None:
             raise fail("no endpoint of this workspace runs", str(workspace.root), f"tenure serve {alias}")
         largest = _bring(endpoint, workspace.run(release.run), workspace)
         console.print(f"{release.run} answers as it did when it was scored (within {largest:.1e} nats)")
-        asked = {"alias": alias, "model": release.run, "steps": plan.steps, "shadow": plan.shadow}
         endpoint.post("/admin/rollouts", asked)
         return not wait or _follow(endpoint, alias, release, console)
 

@@ -7,6 +7,7 @@ constructor arguments that `ray.serve.llm` offers for it; importing this module 
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 from collections.abc import AsyncIterator
 from functools import partial
@@ -102,6 +103,7 @@ class AdapterServer(LLMServer):  # type: ignore[misc]
         host = node_address()
         app.state.server, port = await listen(self._leases.guard(app), Listen(host, 0))
         self._url = f"http://{host}:{port}"
+        spare_the_collector()
 
     async def lease(self, ticket: str) -> AsyncIterator[str]:
         """The address of this engine's server, for one request with this ticket; lasts until that is over."""
@@ -124,9 +126,19 @@ class Front:
         self._gate = Gate(Engines(handles, catalog), access)
         if listen_at is not None:
             self._server, _ = await listen(self._gate, listen_at)
+        spare_the_collector()
 
     async def __serve_build_asgi_app__(self) -> Gate:
         return self._gate
+
+
+def spare_the_collector() -> None:
+    """What is there by now stays: the garbage collector need not look at it again, as in vLLM's own server.
+
+    Importing Ray and vLLM leaves hundreds of thousands of objects; going through them stops every stream meanwhile.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def node_address() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict
@@ -15,9 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.artifacts import artifact_problems
 from serving.audit import note_act
+from serving.canary import Canary, loss
 from serving.catalog import Alias, Catalog, Rollout, Served, Step, Watch
 from serving.exchange import App, Exchange, parse_body, read_body
 from serving.refusals import Refusal
+from serving.remote import copied, is_remote
 from serving.rollout import is_running, settled, stopped
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class NewRollout(_Asked):
     steps: tuple[Step, ...] = STEPS
     shadow: float = Field(default=0.0, ge=0, le=1)
     watch: Watch = Watch()
+    canary: Canary | None = None
 
 
 class Back(_Asked):
@@ -88,12 +92,29 @@ async def _add_model(gate: Gate, exchange: Exchange, asked: dict[str, Any]) -> A
     model = _checked(NewModel, asked).model
     _check_name(model.name)
     catalog = gate.catalog.read()
-    if model.name in catalog.aliases or catalog.models.get(model.name, model).path != model.path:
+    known = catalog.models.get(model.name, model)
+    if model.name in catalog.aliases or model.path not in (known.path, known.source):
         raise Refusal(409, f"'{model.name}' names another model of this endpoint", "name_taken", "model")
-    await asyncio.to_thread(_check_adapter, model, catalog)
+    if known.source is not None:
+        return {"added": model.name}
+    model = await asyncio.to_thread(_fit, model, catalog, gate.folder.adapters)
     gate.catalog.change(lambda found: found.with_model(model))
-    note_act(gate.folder.audit, "model added", exchange.key_id, model=model.name, path=model.path)
+    note_act(gate.folder.audit, "model added", exchange.key_id, model=model.name, path=model.source or model.path)
     return {"added": model.name}
+
+
+def _fit(model: Served, catalog: Catalog, folder: Path) -> Served:
+    """The model, if a running engine can load it; copied here where it lies in a store."""
+    local = model
+    if is_remote(model.path):
+        local = model.model_copy(update={"path": str(copied(model.path, folder)), "source": model.path})
+    try:
+        _check_adapter(local, catalog)
+    except Refusal:
+        if local is not model:
+            shutil.rmtree(local.path)
+        raise
+    return local
 
 
 def _check_adapter(model: Served, catalog: Catalog) -> None:
@@ -121,10 +142,32 @@ def _check_adapter(model: Served, catalog: Catalog) -> None:
 async def _start_rollout(gate: Gate, exchange: Exchange, asked: dict[str, Any]) -> Any:
     wanted = _checked(NewRollout, asked)
     _check_name(wanted.alias)
+    _with_rollout(gate.catalog.read(), wanted)  # refuse what cannot be, before any question is asked
+    why = await _canary_loss(gate, wanted)
+    if why:
+        changed = gate.catalog.change(lambda catalog: _sent_back(catalog, wanted, why))
+        told = {"alias": wanted.alias, "model": wanted.model, "why": why}
+        note_act(gate.folder.audit, "rollout rolled back", exchange.key_id, **told)
+        return changed.aliases[wanted.alias].model_dump(mode="json")
     gate.conductor.forget(wanted.alias)
     changed = gate.catalog.change(lambda catalog: _with_rollout(catalog, wanted))
     note_act(gate.folder.audit, "rollout started", exchange.key_id, alias=wanted.alias, model=wanted.model)
     return changed.aliases[wanted.alias].model_dump(mode="json")
+
+
+async def _canary_loss(gate: Gate, wanted: NewRollout) -> str:
+    """Why a rollout has to go back before it gets a request; empty where nothing speaks against it."""
+    before = gate.catalog.read().aliases.get(wanted.alias)
+    if wanted.canary is None or before is None or before.current == wanted.model:
+        return ""
+    return await loss(wanted.canary, before.current, wanted.model, gate.app)
+
+
+def _sent_back(catalog: Catalog, wanted: NewRollout, why: str) -> Catalog:
+    """The rollout as one that was taken back before its first step."""
+    steps = wanted.steps or STEPS[-1:]
+    alias = _with_rollout(catalog, wanted.model_copy(update={"steps": steps})).aliases[wanted.alias]
+    return catalog.with_alias(stopped(alias, why, time.time()))
 
 
 def _with_rollout(catalog: Catalog, wanted: NewRollout) -> Catalog:
@@ -194,7 +237,7 @@ def _releases(gate: Gate, exchange: Exchange) -> Any:
         exchange.key.may_use if exchange.key is not None and "admin" not in exchange.key.scopes else (lambda name: True)
     )
     aliases = [alias.model_dump(mode="json") for alias in catalog.aliases.values() if may(alias.name)]
-    hidden = {"path": True, "application": True}
+    hidden = {"path": True, "application": True, "source": True}
     models = [model.model_dump(mode="json", exclude=hidden) for model in catalog.models.values() if may(model.name)]
     return {"aliases": aliases, "models": models}
 

@@ -23,12 +23,13 @@ class Served(_Record):
 
     `base` is the engine's model for an adapter, and None for a model with an engine of its own, which takes adapters
     up to `max_rank`; `application` is the Serve application of an engine that joined later. `card` is what the
-    playground shows of it.
+    playground shows of it. `source` is the address in a store that `path` was copied from.
     """
 
     name: str
     path: str
     base: str | None = None
+    source: str | None = None
     run: str | None = None
     max_rank: int | None = None
     application: str | None = None

@@ -12,21 +12,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import aiohttp
-
 from serving.catalog import CatalogFile
 from serving.channels import Channels
 from serving.exchange import Message, Receive, Scope, Send
 from serving.refusals import Refusal, is_gone
+from serving.wire import EngineGoneError, Wire, Wires
 
 TICKET = "x-tenure-ticket"
 OVER = "x-tenure-lease-over"
 TRIES = 8
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 5.0
-_CONNECT_S = 5.0
-# Below the 65 s after which a replica closes a connection that nobody uses.
-_KEEP_ALIVE_S = 60.0
 _DEAD = b"EngineCore encountered an issue"  # vLLM's words where its engine's process is gone
 _INSIDE = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 
@@ -39,7 +35,7 @@ class Engines:
         self._started = dict(handles)
         self._catalog = catalog
         self._leasing: dict[str, Any] = {}
-        self._session: aiohttp.ClientSession | None = None
+        self._wires = Wires()
         self._channels = Channels()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,8 +57,7 @@ class Engines:
         """From the start of the app to its end, when connections are closed."""
         while (kind := (await receive())["type"]) != "lifespan.shutdown":
             await send({"type": f"{kind}.complete"})
-        if self._session is not None:
-            await self._session.close()
+        self._wires.close()
         await send({"type": f"{kind}.complete"})
 
     async def _metrics(self) -> str:
@@ -86,15 +81,8 @@ class Engines:
     async def _ask(self, model: str, scope: Scope, body: bytes, passed: _Passed) -> None:
         async with self._channels.use(model, self._handle(model)) as channel:
             headers = _headers(scope) | {TICKET: channel.ticket}
-            async with self._client().post(channel.url + scope["path"], data=body, headers=headers) as reply:
-                await passed.on(reply)
-
-    def _client(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
-            self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
-        return self._session
+            async with self._wires.ask(channel.url, scope["path"], headers, body) as wire:
+                await passed.on(wire)
 
     def _handle(self, name: str) -> Any:
         if name not in self._leasing:
@@ -121,24 +109,29 @@ class _Passed:
         self._send = send
         self.begun = False
 
-    async def on(self, reply: aiohttp.ClientResponse) -> None:
+    async def on(self, wire: Wire) -> None:
         """Pass a stream on as it comes, and anything else when it is complete."""
-        kind = reply.headers.get("content-type", "").encode("latin-1")
-        if reply.status >= 400 or not kind.startswith(b"text/event-stream"):
-            whole = await reply.read()
-            if (reply.status == 500 and _DEAD in whole) or OVER in reply.headers:
-                raise aiohttp.ServerDisconnectedError("the engine died, or the lease is over")
-            self.begun = True
-            await _reply(self._send, reply.status, kind, whole)
+        kind = wire.headers.get(b"content-type", b"")
+        if wire.status >= 400 or not kind.startswith(b"text/event-stream"):
+            await self._whole(wire, kind)
             return
-        async for piece in reply.content.iter_any():
+        while piece := await wire.piece():
             if not self.begun:
                 self.begun = True
-                await self._send(_start(reply.status, kind))
+                await self._send(_start(wire.status, kind))
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
         if not self.begun:
-            raise aiohttp.ServerDisconnectedError("the stream was empty")
+            raise EngineGoneError("the stream was empty")
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _whole(self, wire: Wire, kind: bytes) -> None:
+        whole = b""
+        while piece := await wire.piece():
+            whole += piece
+        if (wire.status == 500 and _DEAD in whole) or OVER.encode() in wire.headers:
+            raise EngineGoneError("the engine died, or the lease is over")
+        self.begun = True
+        await _reply(self._send, wire.status, kind, whole)
 
 
 def _headers(scope: Scope) -> dict[str, str]:

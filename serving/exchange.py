@@ -260,9 +260,24 @@ class _Answer:
                     self._status, {"content-type": "text/event-stream", "cache-control": "no-cache"}
                 )
         elif message["type"] == "http.response.body":
-            self._held += message.get("body", b"")
+            body = message.get("body", b"")
+            if self._passes_as_is(body):
+                self._exchange.completion_tokens += body.count(EVENT_END)  # until the last event tells the number
+                self._note_first()
+                await self._exchange.send({"type": "http.response.body", "body": body, "more_body": True})
+                return
+            self._held += body
             if self._streams and self._held:
                 await self._pass_events()
+
+    def _passes_as_is(self, body: bytes) -> bool:
+        """Whether these are whole events of a stream that nobody need look at: nearly all of nearly every stream.
+
+        A text that says the like of usage or an error has its quotes escaped.
+        """
+        if not self._streams or self._filtering is not None or self._held or not body.endswith(EVENT_END):
+            return False
+        return not (b'"usage":{' in body or b'"usage": {' in body or b'"error"' in body or b"[DONE]" in body)
 
     async def finish(self) -> None:
         """Send what is left.

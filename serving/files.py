@@ -29,6 +29,11 @@ class ServingFolder:
         return self.path / "requests.jsonl"
 
     @property
+    def adapters(self) -> Path:
+        """Adapters that were copied from stores."""
+        return self.path / "adapters"
+
+    @property
     def log(self) -> Path:
         """What libraries say while the endpoint runs."""
         return self.path / "serve.log"

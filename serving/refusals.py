@@ -76,16 +76,15 @@ def is_gone(error: BaseException) -> bool:
     return any(kind.__name__ in _UNAVAILABLE for kind in type(error).__mro__)
 
 
-# Names of Ray's and of the HTTP client's exceptions, so that this module needs neither.
+# Names of Ray's, vLLM's and serving.wire's exceptions, so that this module needs none of them.
 _UNAVAILABLE = frozenset(
     {
         "ActorDiedError",
         "ActorUnavailableError",
         "BackPressureError",
-        "ClientConnectionError",
-        "ClientPayloadError",
         "DeploymentUnavailableError",
         "EngineDeadError",
+        "EngineGoneError",
         "RayActorError",
         "ReplicaUnavailableError",
         "WorkerCrashedError",

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvloop
 from fake_engine import MODELS, FakeEngine, chat
 
 from serving import channels
@@ -18,8 +19,9 @@ from serving.engines import Engines
 from serving.files import ServingFolder
 from serving.gate import Gate
 from serving.keys import KeyStore
-from serving.listening import Leases, Listen, listen
+from serving.listening import Lease, Leases, Listen, listen
 from serving.spec import Access
+from serving.wire import EngineGoneError, Wires
 
 
 class ActorDiedError(Exception):
@@ -174,6 +176,71 @@ def test_a_client_that_leaves_stops_its_engine_within_a_token_or_two(tmp_path: P
             assert (engine.running, engine.stopped) == (0, 1)
 
     asyncio.run(body())
+
+
+def test_a_stream_passes_byte_for_byte_on_the_loop_of_rays_replicas(tmp_path: Path) -> None:
+    said = 'a "usage":{} "error" [DONE] \u20ac word'
+
+    async def body() -> list[str]:
+        served = Served(tmp_path, 1)
+        async with served as client:
+            url = f"{served.replicas[0].url}{CHAT}"
+            asked = chat(said, stream=True, stream_options={"include_usage": True})
+            through = (await client.post(CHAT, json=asked)).text
+            served.replicas[0].leases._held["known"] = Lease()
+            bare = (await client.post(url, json=asked, headers={"x-tenure-ticket": "known"})).text
+        return [through, bare]
+
+    through, bare = uvloop.run(body())
+    assert through == bare
+    assert through.count("data: ") == len(said.split(" ")) + 3
+
+
+def test_an_answer_larger_than_what_is_read_ahead_arrives_whole(tmp_path: Path) -> None:
+    said = "long " * 200_000
+
+    async def body() -> str:
+        async with Served(tmp_path, 1) as client:
+            reply = await client.post(CHAT, json=chat(said))
+        return str(reply.json()["choices"][0]["message"]["content"])
+
+    assert asyncio.run(body()) == said
+
+
+def test_connections_to_an_engine_are_used_again_unless_an_answer_was_left(tmp_path: Path) -> None:
+    async def body() -> tuple[int, int]:
+        served = Served(tmp_path, 1)
+        async with served as client:
+            for _ in range(3):
+                assert (await client.post(CHAT, json=chat("a b", stream=True))).status_code == 200
+            known = served.replicas[0].server.server_state.connections
+            first = len(known)
+            async with client.stream("POST", CHAT, json=chat("slowly " + "word " * 200, stream=True)) as reply:
+                await anext(aiter(reply.aiter_bytes()))
+            while known:
+                await asyncio.sleep(0.01)
+            assert (await client.post(CHAT, json=chat("a b"))).status_code == 200
+            return first, len(known)
+
+    assert asyncio.run(body()) == (1, 1)
+
+
+@pytest.mark.parametrize("said", [b"", b"no HTTP\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf"])
+def test_an_engine_that_answers_in_part_or_in_no_http_is_gone(said: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(said)
+        writer.close()
+
+    async def body() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, Wires().ask(f"http://127.0.0.1:{port}", CHAT, {}, b"{}") as wire:
+            while await wire.piece():
+                pass
+
+    with pytest.raises(EngineGoneError):
+        asyncio.run(body())
 
 
 def test_what_has_begun_to_stream_ends_with_an_error_where_its_replica_dies(tmp_path: Path) -> None:

@@ -11,12 +11,16 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import Endpoint, chat
+from tiny import make_tiny_adapter
 
 from serving.audit import read_acts
+from serving.canary import read_items
+from serving.catalog import Served
 from serving.keys import Quota
 from serving.queueing import FairQueue
 from serving.refusals import Refusal
 from serving.spec import Limits
+from training.errors import TenureError
 
 CHAT = "/v1/chat/completions"
 
@@ -432,6 +436,49 @@ def test_errors_of_a_candidate_roll_it_back(endpoint: Endpoint) -> None:
     assert ask(endpoint, chat("hi", model="production")).status_code == 200
 
 
+@pytest.mark.parametrize("steps", [None, []])
+def test_a_candidate_that_loses_on_the_canary_suite_gets_no_request(
+    endpoint: Endpoint, steps: list[Any] | None
+) -> None:
+    endpoint.engine.broken.add("tuned-2")
+    items = [{"prompt": "It is BLUE.", "answer": "blue"}, {"prompt": "It is red.", "answer": "green"}]
+    asked = {"alias": "production", "model": "tuned-2", "canary": {"items": items, "max_loss": 0.4}}
+    found = act(endpoint, "/admin/rollouts", asked | ({} if steps is None else {"steps": steps})).json()
+    assert (found["current"], found["rollout"]["state"]) == ("tuned-1", "rolled_back")
+    assert found["rollout"]["reason"] == "0 of 2 canary items are right, and 1 were with 'tuned-1'"
+    assert [request["model"] for request in endpoint.engine.asked] == ["tuned-1"] * 2 + ["tuned-2"] * 2
+    assert ask(endpoint, chat("hi", model="production")).json()["model"] == "tuned-1"
+    assert [line["act"] for line in read_acts(endpoint.folder.audit)] == ["rollout rolled back"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_candidate_that_loses_no_more_than_it_may_rolls_out(endpoint: Endpoint, broken: bool) -> None:
+    if broken:
+        endpoint.engine.broken.add("tuned-2")
+    canary = {"items": [{"prompt": "It is BLUE.", "answer": "blue"}], "max_loss": 1.0 if broken else 0.0}
+    asked = {"alias": "production", "model": "tuned-2", "canary": canary}
+    assert act(endpoint, "/admin/rollouts", asked).json()["rollout"]["state"] == "rolling"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "a"}', "items.jsonl:1: this is no item of a canary suite (answer: Field required)"),
+        ('{"prompt": "a", "answer": "b"}\nnothing', "items.jsonl:2: this is no item"),
+        ("\n", "it has 0 items"),
+        ('{"prompt": "a", "answer": "b"}\n' * 201, "it has 201 items"),
+        (None, "there is no such file"),
+    ],
+)
+def test_a_file_that_is_no_canary_suite_is_refused(tmp_path: Path, text: str | None, said: str) -> None:
+    file = tmp_path / "items.jsonl"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(TenureError) as caught:
+        read_items(file)
+    assert said in str(caught.value)
+
+
 def test_a_slow_candidate_is_rolled_back_from_the_shadow_and_nobody_waits_for_it(endpoint: Endpoint) -> None:
     endpoint.engine.slow["tuned-2"] = 0.05
     asked = {"alias": "production", "model": "tuned-2", "shadow": 1.0, "watch": {"min_requests": 5}}
@@ -458,6 +505,7 @@ def test_a_slow_candidate_is_rolled_back_from_the_shadow_and_nobody_waits_for_it
         ("/admin/rollouts", {"alias": "base", "model": "tuned-1"}, 409),
         ("/admin/rollouts", {"alias": "../x", "model": "tuned-1"}, 400),
         ("/admin/rollouts", {"alias": "production", "model": "tuned-1", "shadow": 7}, 400),
+        ("/admin/rollouts", {"alias": "production", "model": "tuned-2", "canary": {"items": []}}, 400),
         ("/admin/rollback", {"alias": "nobody"}, 404),
         ("/admin/rollback", {"alias": "production"}, 409),
         ("/admin/models", {"model": {"name": "a:b", "path": "/x"}}, 400),
@@ -473,6 +521,54 @@ def test_what_administration_cannot_do_is_told(
     reply = act(endpoint, path, asked)
     assert reply.status_code == status, reply.text
     assert reply.json()["error"]["message"]
+
+
+def test_an_adapter_joins_from_a_store_and_is_not_copied_twice(
+    endpoint: Endpoint, tmp_path: Path, tiny_model: Path
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    made = make_tiny_adapter(tiny_model, tmp_path / "made", 1)
+    store = MemoryFileSystem()
+    for file in made.iterdir():
+        store.pipe_file(f"/bucket/support/{file.name}", file.read_bytes())
+    base = Served(name="tiny", path=str(tiny_model), max_rank=8)
+    endpoint.gate.catalog.change(lambda catalog: catalog.with_model(base))
+    asked = {"model": {"name": "support", "path": "memory://bucket/support", "base": "tiny"}}
+    for _ in range(2):
+        assert act(endpoint, "/admin/models", asked).json() == {"added": "support"}
+    (copy,) = endpoint.folder.adapters.iterdir()
+    found = endpoint.gate.catalog.read().models["support"]
+    assert (found.path, found.source) == (str(copy), "memory://bucket/support")
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == {
+        file.name: file.read_bytes() for file in made.iterdir()
+    }
+    assert ask(endpoint, chat("hi", model="support")).status_code == 200
+    other = {"model": {**asked["model"], "path": "memory://bucket/other"}}
+    assert act(endpoint, "/admin/models", other).status_code == 409
+
+
+@pytest.mark.parametrize(
+    ("address", "files", "code"),
+    [
+        ("memory://nowhere/at-all", {}, "unreadable_address"),
+        ("nostore://bucket/a", {}, "unreadable_address"),
+        ("memory://bad/pickled", {"adapter_config.json": b"{}", "adapter_model.bin": b"x"}, "unfit_artifact"),
+    ],
+)
+def test_what_a_store_lacks_or_holds_amiss_is_told_and_not_kept(
+    endpoint: Endpoint, tiny_model: Path, address: str, files: dict[str, bytes], code: str
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    for name, content in files.items():
+        MemoryFileSystem().pipe_file(f"{address.removeprefix('memory:/')}/{name}", content)
+    base = Served(name="tiny", path=str(tiny_model), max_rank=8)
+    endpoint.gate.catalog.change(lambda catalog: catalog.with_model(base))
+    reply = act(endpoint, "/admin/models", {"model": {"name": "x", "path": address, "base": "tiny"}})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, code)
+    assert not list(endpoint.folder.adapters.iterdir())
+    assert "x" not in endpoint.gate.catalog.read().models
 
 
 def test_no_request_fails_while_a_release_rolls_out_and_is_taken_back(endpoint: Endpoint) -> None:
