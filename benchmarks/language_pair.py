@@ -39,9 +39,10 @@ from cluster.session import ray_session
 from training.aids import ready_aids, ready_data
 from training.data.encoding import Encoded
 from training.data.prepare import load_prepared
+from training.job import Job, make_job
 from training.stages import hash_training, plan_run
 from training.tuning import load_base
-from training.worker import Job, Trainer, make_job
+from training.worker import Trainer
 from training.workspace import RunFolder, Workspace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

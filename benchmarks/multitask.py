@@ -30,10 +30,11 @@ from cluster.pipeline import read_spec
 from training.data.encoding import Encoded
 from training.data.prepare import load_prepared
 from training.fetch import fetch_data, fetch_model
+from training.job import Job, make_job
 from training.reporting.curves import read_metrics, task_totals
 from training.stages import hash_training, plan_run
 from training.tuning import load_base
-from training.worker import Job, Trainer, make_job
+from training.worker import Trainer
 from training.workspace import RunFolder, Workspace, read_json
 
 COLUMNS = {"prompt": "prompt", "completion": "answer", "chat": False}

@@ -22,6 +22,7 @@ from training.attempts import Hands, train_to_the_end
 from training.errors import TenureError, fail
 from training.evaluation.presets import add_presets
 from training.evaluation.scorecard import Scorecard, read_scorecard
+from training.job import drop_torn_row, make_job
 from training.lineage import find_base, inherit_suites
 from training.plan import Plan, describe_replay, describe_tasks
 from training.processes import claim_of
@@ -31,6 +32,9 @@ from training.stages import begin_run, check_power, hash_training, memory_limit,
 from training.strategy import Replay
 from training.waiting import room_for, waits_told, worker_resources
 from training.workspace import RunFolder, Workspace, read_json, write_json
+
+# What a run's beginning imports for seconds, and Ray's does not.
+_NEEDED = ("mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "torch")
 
 
 def read_spec(path: Path, workspace: Workspace) -> RunSpec:
@@ -60,7 +64,7 @@ def start_run(
 
 def session(workspace: Workspace, address: str | None, scaling: Scaling) -> AbstractContextManager[None]:
     """Ray with what a run claims of it; opened before the run has a folder, so that a refusal leaves nothing."""
-    return ray_session(address, needs(scaling), workspace.root / "ray.log")
+    return ray_session(address, needs(scaling), workspace.root / "ray.log", _NEEDED)
 
 
 def rescale(run: RunFolder, workspace: Workspace, workers: int | None, zero_stage: int | None) -> None:
@@ -127,7 +131,6 @@ def _stages(run: RunFolder, workspace: Workspace, console: Console) -> Scorecard
 
 def _train(run: RunFolder, spec: RunSpec, plan: Plan, workspace: Workspace, console: Console) -> None:
     from training.fit import fit, free_groups
-    from training.worker import drop_torn_row, make_job
 
     def train(plan: Plan, scaling: Scaling) -> None:
         write_json(run.plan, asdict(plan))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,15 @@ _OBJECT_STORE_BYTES = 256 * 2**20
 
 
 @contextmanager
-def ray_session(address: str | None, resources: dict[str, float], log: Path) -> Iterator[None]:
+def ray_session(
+    address: str | None, resources: dict[str, float], log: Path, meanwhile: Sequence[str] = ()
+) -> Iterator[None]:
     """Ray, with at least these resources in all, for the length of the body.
 
     Args:
         address: host:port or ray://host:port of a head; None starts a local instance, dashboard off.
         log: where Ray's own words at the start go.
+        meanwhile: modules that the body needs, imported while Ray's processes come up.
 
     Raises:
         TenureError: the head does not answer, or the cluster is smaller than asked for.
@@ -40,13 +45,24 @@ def ray_session(address: str | None, resources: dict[str, float], log: Path) -> 
         yield
         return
     try:
-        with output_to(log):
+        with output_to(log), imported(meanwhile):
             _connect(address, resources)
         _check_resources(ray.cluster_resources(), resources)
         yield
     finally:
         with output_to(Path(os.devnull)):  # the workspace's disk may be full by now
             ray.shutdown()
+
+
+@contextmanager
+def imported(modules: Sequence[str]) -> Iterator[None]:
+    """Modules imported beside the body, which waits for other processes, and done when it ends."""
+    thread = threading.Thread(target=lambda: list(map(importlib.import_module, modules)), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def needs(scaling: Scaling) -> dict[str, float]:

@@ -30,6 +30,7 @@ from training.evaluation.scorecard import Scorecard
 from training.faults import explained_at, is_out_of_memory, output_to
 from training.fit import fit
 from training.interpolate import check_interpolable, interpolate
+from training.job import Job, make_job
 from training.objective.signals import compute_signals, signal_jobs
 from training.plan import Plan
 from training.protection.passes import importance_of_run
@@ -37,7 +38,7 @@ from training.retries import with_micro_batch
 from training.spec import RunSpec, Scaling
 from training.stages import begin_run, hash_training, plan_run, score_artifacts, spec_of
 from training.strategy import Ewc, Si, Wise
-from training.worker import Job, Trainer, make_job, make_schedule
+from training.worker import Trainer, make_schedule
 from training.workspace import RunFolder, Workspace, read_json, write_json, write_text
 
 MOST_ATTEMPTS = 3

@@ -19,11 +19,12 @@ from tiny_spec import write_rows, write_tiny_spec
 from cluster.pipeline import read_spec
 from training.errors import TenureError
 from training.faults import output_to
+from training.job import Job, make_job
 from training.objective.signals import compute_signals, signal_jobs
 from training.plan import Plan
 from training.spec import RunSpec
 from training.stages import hash_training, plan_run
-from training.worker import Job, Trainer, make_job
+from training.worker import Trainer
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
 JobValues = dict[str, Any]

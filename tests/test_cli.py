@@ -24,6 +24,18 @@ from training.yamlfile import read_yaml
 HEAVY = ("torch", "ray", "mlflow", "transformers", "deepspeed", "peft", "vllm", "openai", "matplotlib", "datasets")
 
 
+def test_what_hands_a_run_to_its_workers_loads_none_of_their_libraries() -> None:
+    """Nor does Ray Train's controller, which imports the module of the function that workers run."""
+    code = f"""
+import sys
+from cluster import pipeline
+from training.fit import train_worker
+print(train_worker.__module__, [name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "training.fit []"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.commands)], ids=" ".join)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = f"""

@@ -17,7 +17,8 @@ from training.checkpoint import find_damage
 from training.copies import Copy, copied, restore_run
 from training.errors import TenureError
 from training.events import read_events
-from training.worker import Job, Trainer
+from training.job import Job
+from training.worker import Trainer
 from training.workspace import RunFolder, Workspace, read_json, write_json
 
 OFTEN: dict[str, Any] = STEPS | {"max_steps": 6, "epochs": 1, "checkpoint_every_steps": 2, "keep_checkpoints": 2}

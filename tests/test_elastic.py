@@ -12,7 +12,8 @@ import torch
 from jobs import STEPS, JobValues, losses, plan_of, run_of, spec_of, start_job, train_here, weights
 
 from training.faults import output_to
-from training.worker import Job, Trainer
+from training.job import Job
+from training.worker import Trainer
 
 TRAINING: dict[str, Any] = STEPS | {"global_batch_size": 12, "micro_batch_size": "auto", "max_steps": 12, "epochs": 4}
 STAGES = ((4, 3, 4), (2, 1, 8), (3, 2, 12))  # workers, ZeRO stage, the step that they go on to

@@ -19,7 +19,8 @@ from cluster.cli import main
 from training.checkpoint import latest_checkpoint
 from training.errors import TenureError, fail
 from training.faults import explained_at
-from training.worker import Job, Trainer, drop_torn_row, train_worker
+from training.job import Job, drop_torn_row
+from training.worker import Trainer, train_worker
 from training.workspace import RunFolder, Workspace
 
 HAS_MOUNTS = (

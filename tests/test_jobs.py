@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -19,8 +20,9 @@ from tiny_spec import write_tiny_spec
 from cluster import entry, jobs, submit
 from cluster.cli import cli
 from cluster.packing import JOB_FILE, pack, references
-from cluster.session import ray_session
+from cluster.session import imported, needs, ray_session
 from training.errors import TenureError
+from training.spec import Scaling
 from training.workspace import Workspace, read_json, write_json
 
 SHARED = "/shared/tenure"
@@ -282,3 +284,22 @@ def test_a_ray_that_does_not_come_up_is_one_error(
     ):
         pass
     assert ended == [error]  # what came up half is gone
+
+
+def test_more_gpus_than_there_are_is_told_with_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0, "GPU": 2.0})
+    wanted = needs(Scaling(workers=8, gpus_per_worker=1))
+    with pytest.raises(TenureError) as caught, ray_session(None, wanted, tmp_path / "ray.log"):
+        pass
+    (problem,) = caught.value.problems
+    assert (problem.what, problem.where) == ("the run wants 8 GPU, the cluster has 2", "scaling")
+    assert "lower scaling.workers" in problem.instead
+
+
+def test_what_a_run_needs_is_imported_when_ray_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(0.2)\ndone = True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with imported(["slow_to_import"]):
+        pass
+    assert sys.modules["slow_to_import"].done

@@ -32,12 +32,13 @@ from tiny import make_tiny_model
 from training.data.batches import Schedule
 from training.data.encoding import Encoded
 from training.data.prepare import Prepared, load_prepared
+from training.job import Job
 from training.objective.objectives import DpoObjective, TokenObjective, Totals, switched_off
 from training.objective.targets import TargetLogits, Targets
 from training.objective.weighing import Weighed
 from training.spec import RunSpec
 from training.tuning import load_base
-from training.worker import Job, Trainer
+from training.worker import Trainer
 
 Model = torch.nn.Module
 PAIRS = {"path": "train.jsonl", "prompt": "question", "chosen": "answer", "rejected": "wrong"}

@@ -21,6 +21,7 @@ from training.checkpoint import _open_shards, latest_checkpoint
 from training.data.batches import Schedule
 from training.data.prepare import load_prepared
 from training.faults import output_to
+from training.job import Job
 from training.models import hash_folder
 from training.protection.fisher import FisherJob, _compute, pick_examples
 from training.protection.importance import TENSORS_FILE, read_info, write_importance
@@ -32,7 +33,7 @@ from training.spec import RunSpec
 from training.stages import plan_run
 from training.strategy import Ewc, L2sp, Lora, Si
 from training.tuning import apply_tuning, load_base
-from training.worker import Job, Trainer, seed_everything
+from training.worker import Trainer, seed_everything
 from training.workspace import RunFolder, Workspace
 
 Weights = dict[str, torch.Tensor]

@@ -17,7 +17,8 @@ from jobs import LONG, STEPS, JobValues, artifact_weights, rows_of, run_of, star
 from training.checkpoint import find_damage, latest_checkpoint
 from training.data.seen import read_seen
 from training.errors import TenureError
-from training.worker import Job, Trainer
+from training.job import Job
+from training.worker import Trainer
 from training.workspace import RunFolder
 
 

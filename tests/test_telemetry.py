@@ -12,8 +12,9 @@ from jobs import STEPS, rows_of, run_of, start_job, train_here
 
 from training import telemetry
 from training.events import log_event
+from training.job import Job
 from training.telemetry import GAUGES, Telemetry
-from training.worker import Job, Trainer
+from training.worker import Trainer
 from training.workspace import RunFolder
 
 DASHBOARD = Path(__file__).resolve().parents[1] / "examples/operating/grafana.json"

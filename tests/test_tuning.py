@@ -33,6 +33,7 @@ from cluster.serving import served_form
 from training.data.encoding import Encoded
 from training.errors import TenureError
 from training.evaluation.scoring import ScoreJob, read_scores, score_model
+from training.job import Job, make_job
 from training.peft_methods import REFUSED_METHODS, UNMERGEABLE, method_names
 from training.spec import RunSpec
 from training.specfile import load_spec
@@ -47,7 +48,7 @@ from training.strategy import (
     unmergeable,
 )
 from training.tuning import apply_tuning, load_base, load_base_for
-from training.worker import Job, Trainer, make_job
+from training.worker import Trainer
 from training.workspace import MERGED_FOLDER, RunFolder, Workspace, read_json
 
 pytestmark = pytest.mark.timeout(1200)  # the group of all jobs is one test's setup

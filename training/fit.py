@@ -10,7 +10,6 @@ from typing import Any
 from training.errors import Left, OutOfMemory, Problem, TenureError, WorkerLost, fail
 from training.spec import Scaling
 from training.waiting import worker_resources
-from training.worker import train_worker
 from training.workspace import RunFolder
 
 # Ray Train looks after its workers every two seconds, and starts a process that tells workers of planned preemptions,
@@ -31,6 +30,13 @@ def fit(job: dict[str, Any], scaling: Scaling, folder: RunFolder) -> None:
         raise Left(Problem("the run was asked to leave, wrote a checkpoint and left", str(folder.notice), again))
     if not folder.artifact.is_dir():
         raise fail("training ended without an artifact", str(folder.logs), f"tenure resume {folder.id}")
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What every worker runs; here, so that neither this process nor Ray Train's controller imports what it imports."""
+    from training import worker
+
+    worker.train_worker(config)
 
 
 def run_workers(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from training.events import read_events
 from training.faults import explained_at, output_to
 from training.flops import flops_per_token, peak_flops
 from training.interpolate import interpolate
+from training.job import Job, drop_torn_row
 from training.kernels import use_kernels
 from training.models import hash_folder, read_model_info
 from training.objective.first_look import expect_apart, fuses_truly
@@ -50,18 +50,6 @@ from training.watch import Watch, stacks_file
 from training.workspace import RunFolder
 
 LoadBase = Callable[[AnyTuning, Path, torch.dtype], torch.nn.Module]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker is sent: plain values, so that any process can read them."""
-
-    spec: dict[str, Any]
-    plan: dict[str, Any]
-    prepared: str
-    run: str
-    spec_hash: str
-    aids: dict[str, str]
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -398,13 +386,6 @@ class Trainer:
                 stream.write(json.dumps(row) + "\n")
 
 
-def drop_torn_row(metrics: Path) -> None:
-    """Cut off the row that a killed worker, or a full disk, left half-written at the end."""
-    if metrics.is_file():
-        whole = metrics.read_bytes().rfind(b"\n") + 1
-        os.truncate(metrics, whole)
-
-
 def make_telemetry(spec: RunSpec, plan: Plan, folder: RunFolder) -> Telemetry:
     """What a worker tells of its steps; of GPUs whose peak is known, what they do of it too."""
     info, rank = read_model_info(Path(spec.model)), dist.get_rank()
@@ -462,11 +443,3 @@ def _expect_trainable(model: torch.nn.Module, plan: Plan) -> None:
     if count != plan.trainable_parameters:
         what = f"{count:,} parameters move, but the plan counted {plan.trainable_parameters:,}"
         print(f"warning: {what}: this architecture names its linear modules in an unknown way", flush=True)
-
-
-def make_job(
-    spec: RunSpec, plan: Plan, prepared: Path, folder: RunFolder, spec_hash: str, aids: dict[str, str]
-) -> dict[str, Any]:
-    """A worker's job as plain values."""
-    job = Job(spec.model_dump(mode="json"), asdict(plan), str(prepared), str(folder.path), spec_hash, aids)
-    return asdict(job)

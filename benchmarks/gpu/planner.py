@@ -5,7 +5,8 @@
 Each setting is trained by the run's own worker for a few steps, in a process of its own, on random weights in the shape
 of a known model and on rows that fill their length; nothing is set but what the table says. Measured memory is the
 most that torch's allocator held plus what the driver holds beside it; measured time is the median of the steps after
-the first two. While one process is measured the next one imports its libraries.
+the first two. While one process is measured the next one imports its libraries. What was measured is written after
+every setting, and after --seconds no other is begun.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=Path("planner-models"))
+    parser.add_argument(
+        "--seconds", type=float, default=540.0, help="after so many a setting is given up, and the rest"
+    )
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: every setting in the tiny shape")
     parser.add_argument("--worker", action="store_true", help="wait for a setting on standard input, and measure it")
     arguments = parser.parse_args()
@@ -65,14 +70,23 @@ def main() -> None:
         work()
         return
     wanted = [("tiny", *setting[1:3], 64, 2, setting[5]) if arguments.tiny else setting for setting in SETTINGS]
+    measure_all(wanted, arguments.folder, time.monotonic() + arguments.seconds, arguments.out)
+
+
+def measure_all(wanted: Sequence[tuple[Any, ...]], folder: Path, ends: float, out: Path) -> None:
+    """Measure settings in turn until time.monotonic() is `ends`."""
     results: list[dict[str, Any]] = []
-    ready = start()
+    ready: subprocess.Popen[str] | None = start()
     for index, setting in enumerate(wanted):
+        if ready is None or time.monotonic() > ends:
+            break
         following = start() if index + 1 < len(wanted) else None
-        results.append(ask(ready, setting, arguments.folder / str(index)))
+        results.append(ask(ready, setting, folder / str(index), ends))
         print(json.dumps(results[-1]), flush=True)
-        arguments.out.write_text(json.dumps(summary(results), indent=1) + "\n")
-        ready = following or ready
+        out.write_text(json.dumps(summary(results), indent=1) + "\n")
+        ready = following
+    if ready:
+        ready.kill()
 
 
 def start() -> subprocess.Popen[str]:
@@ -80,9 +94,14 @@ def start() -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def ask(process: subprocess.Popen[str], setting: tuple[Any, ...], folder: Path) -> dict[str, Any]:
+def ask(process: subprocess.Popen[str], setting: tuple[Any, ...], folder: Path, ends: float) -> dict[str, Any]:
     started = time.perf_counter()
-    told, _ = process.communicate(json.dumps([*setting, str(folder.absolute())]) + "\n")
+    asked = json.dumps([*setting, str(folder.absolute())]) + "\n"
+    try:
+        told, _ = process.communicate(asked, timeout=max(1.0, ends - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        told = process.communicate()[0] + "no time was left"
     names = ("shape", "tuning", "zero_stage", "row_tokens", "micro_batch_size", "gradient_checkpointing")
     about = {**dict(zip(names, setting, strict=True)), "wall_s": round(time.perf_counter() - started, 1)}
     lines = [line for line in told.splitlines() if line.startswith("RESULT ")]
@@ -171,11 +190,12 @@ def start_trainer(spec_file: Path, folder: Path, gpu: bool) -> tuple[Any, dict[s
     from cluster.machines import Gpu
     from cluster.planning import step_seconds
     from training.data.prepare import load_prepared, prepare
+    from training.job import Job, make_job
     from training.memory import memory_parts
     from training.models import read_model_info
     from training.plan import make_plan
     from training.specfile import load_spec
-    from training.worker import Job, Trainer, make_job
+    from training.worker import Trainer
     from training.workspace import Workspace
 
     workspace = Workspace.at(folder / "workspace")

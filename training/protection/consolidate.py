@@ -12,7 +12,8 @@ from typing import Any
 import torch.distributed as dist
 
 from training.faults import explained_at, output_to
-from training.worker import Job, Trainer
+from training.job import Job
+from training.worker import Trainer
 from training.workspace import RunFolder
 
 

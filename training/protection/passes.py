@@ -145,8 +145,8 @@ def _fisher(
 
 def _consolidate(looked_at: RunSpec, plan: Plan, prepared: Path, target: Path, logs: Path, claimed: Scaling) -> None:
     from training.fit import run_workers
+    from training.job import make_job
     from training.protection.consolidate import consolidate_worker
-    from training.worker import make_job
     from training.workspace import RunFolder
 
     scratch = RunFolder(target.with_name(f".{target.name}.walk"))
