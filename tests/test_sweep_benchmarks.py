@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from sweep_results import made_up_sweep, measured
 
+from benchmarks.retention.run import _keep
 from benchmarks.sweep_overhead import INTERRUPTED, breakdown, limited
 from benchmarks.sweep_quick import told
 from benchmarks.sweep_search import compared
 from benchmarks.sweep_search import told as told_of_both
 from sweeps.folder import Record
+from training.workspace import read_json
 
 
 def test_the_breakdown_adds_up_to_the_time_that_was_held() -> None:
@@ -68,3 +70,11 @@ def test_the_quick_sweep_names_who_stands_on_its_front() -> None:
     assert found["strategies_on_the_front"] == ["lora"]
     assert found["hypervolume"] == pytest.approx(0.9)
     assert found["seconds"] == {"steps": 5.0}
+
+
+def test_a_pair_of_skills_is_told_beside_those_before(tmp_path: Path) -> None:
+    """One that is measured again takes the place of its own figures alone."""
+    for pair, seconds in (("first", 1), ("second", 2), ("first", 3)):
+        _keep(tmp_path / "figures.json", pair, {"seconds": seconds})
+    pairs = read_json(tmp_path / "figures.json")["pairs"]
+    assert {pair: figures["seconds"] for pair, figures in pairs.items()} == {"first": 3, "second": 2}
