@@ -12,7 +12,9 @@ second trains random models of a shape, each side in a fresh process, in turns; 
 Tenure runs as a user's run does: DeepSpeed, fp32 masters, and what it chooses by itself. Peers have bf16 weights and
 fused AdamW on them, and no activation checkpointing (`--recompute` switches it on for them, where they have no room);
 packed TRL takes as many rows of 2048 as hold about as many tokens. On a processor all is fp32, with micro-batches of 8;
-`--keys '{"precision": "bf16"}' --zero-stage 0` has Tenure train in bf16 there. Steps that warm up are left out.
+`--keys '{"precision": "bf16"}' --zero-stage 0` has Tenure train in bf16 there. `--base FOLDER` trains a model's own
+weights, which are of the shape named, instead of random ones. Tokens a second of processors tell what those on the
+clock do not on a processor that has other work. Steps that warm up are left out.
 
 A token costs 6 FLOP for every weight that it is multiplied with, 4 where the weight is frozen, and in attention
 6 x layers x width x the mean length before it doubled; nothing that is computed twice counts twice.
@@ -70,6 +72,7 @@ class Work:
     zero_stage: int | str
     workers: int = 1
     profile: Path | None = None
+    base: Path | None = None
 
     @property
     def gpu(self) -> bool:
@@ -144,6 +147,18 @@ def make_long_text(inputs: Path, file: Path, row: int) -> None:
     file.write_text(json.dumps({"text": text}) + "\n")
 
 
+def model_of(work: Work) -> Any:
+    """The model that every side trains: a base in fp32 or, on a GPU, in bf16; or random weights."""
+    if work.base is None:
+        return random_model(work.folder, work.gpu)
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if work.gpu else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(work.base, dtype=dtype, attn_implementation="sdpa")
+    model.name_or_path = str(work.folder)
+    return model.to("cuda") if work.gpu else model
+
+
 def random_model(folder: Path, gpu: bool) -> Any:
     """The same random weights on every side, made where they will be trained."""
     from transformers import AutoConfig, LlamaForCausalLM
@@ -190,10 +205,11 @@ def run_tenure(work: Work) -> dict[str, Any]:
     import torch.distributed as dist
 
     from training.data.prepare import load_prepared, prepare
+    from training.job import Job, make_job
     from training.models import read_model_info
     from training.plan import make_plan
     from training.specfile import load_spec
-    from training.worker import Job, Trainer, make_job
+    from training.worker import Trainer
     from training.workspace import Workspace
 
     workspace = Workspace.at(work.folder / "workspace")
@@ -203,7 +219,7 @@ def run_tenure(work: Work) -> dict[str, Any]:
     start_group(work)
     folder = run_of_all(workspace)
     job = Job(**make_job(spec, plan, prepared, folder, "speed", {}))
-    trainer = Trainer.start(job, folder, lambda tuning, path, dtype: random_model(path, work.gpu))
+    trainer = Trainer.start(job, folder, lambda tuning, path, dtype: model_of(work))
     clock = Clock(work)
     for step in range(work.steps):
         trainer.train_step()
@@ -253,12 +269,14 @@ class Clock:
 
     def __init__(self, work: Work) -> None:
         self._work, self._marks, self._tokens = work, [time.perf_counter()], [0]
+        self._computed = [time.process_time()]
         self._profiler: Any = None
 
     def mark(self, tokens: int) -> None:
         """A step is done."""
         wait(self._work.gpu)
         self._marks.append(time.perf_counter())
+        self._computed.append(time.process_time())
         self._tokens.append(tokens)
         if self._work.profile and len(self._marks) == self._work.steps - 1:
             self._profiler = torch.profiler.profile()
@@ -289,6 +307,8 @@ class Clock:
         # A peer's loader is a batch ahead, but for an epoch's end: there a step counts none, and another two.
         median = statistics.median(took / count for took, count in zip(seconds, tokens, strict=True) if count)
         rates = {"tokens_per_second": sum(tokens) / sum(seconds), "median_tokens_per_second": 1 / median}
+        computed = [later - earlier for earlier, later in itertools.pairwise(self._computed)][kept]
+        rates["tokens_per_processor_second"] = sum(tokens) / sum(computed)
         peak = torch.cuda.max_memory_allocated() / 2**30 if self._work.gpu else 0.0
         return {**rates, "step_ms": 1000 * statistics.median(seconds), "peak_gib": round(peak, 1)}
 
@@ -357,7 +377,7 @@ def run_trainer(work: Work, side: str) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    model = random_model(work.folder, work.gpu)
+    model = model_of(work)
     model = with_lora(model) if work.tuning == "lora" else model
     pad = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(work.inputs))
     arguments = TrainingArguments(**peer_settings(work, side))
@@ -371,7 +391,7 @@ def run_trl(work: Work, side: str) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    model = random_model(work.folder, work.gpu)
+    model = model_of(work)
     model = with_lora(model) if work.tuning == "lora" else model
     packed = {"packing": True} if "packed" in side else {}
     arguments = SFTConfig(**peer_settings(work, side), max_length=work.row, **packed)
@@ -499,6 +519,7 @@ def run_apart(arguments: argparse.Namespace, given: list[str]) -> dict[str, Any]
     given += ["--zero-stage", arguments.zero_stage]
     for name in ("batch", "row"):
         given += [f"--{name}", str(getattr(arguments, name))] if getattr(arguments, name) else []
+    given += ["--base", str(arguments.base)] if arguments.base else []
     given += ["--profile", str(arguments.profile)] if arguments.profile and "tenure" in given else []
     given += ["--workers", str(arguments.workers)]
     command = [sys.executable, "-m", "benchmarks.train", *given]
@@ -534,12 +555,18 @@ def summed_up(
     }
     own = medians.get("tenure", 0.0)
     ratios = {side: own / rate for side, rate in medians.items() if side != "tenure"}
+    worked = {
+        side: statistics.median(one["tokens_per_processor_second"] for one in runs)
+        for side, runs in found.items()
+        if runs
+    }
     return {
         "keys": arguments.keys,
         "zero_stage": arguments.zero_stage,
         "workers": arguments.workers,
         "tokens_per_second": medians,
         "tenure_over": ratios,
+        "tokens_per_processor_second": worked,
         "turns": found,
     }
 
@@ -581,6 +608,7 @@ def work_of(arguments: argparse.Namespace) -> Work:
         zero_stage="auto" if arguments.zero_stage == "auto" else int(arguments.zero_stage),
         workers=arguments.workers,
         profile=arguments.profile,
+        base=arguments.base,
     )
 
 
@@ -601,6 +629,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--zero-stage", choices=("auto", "0", "1", "2", "3"), default="auto", help="of Tenure; from 1 on with DeepSpeed"
     )
+    parser.add_argument("--base", type=Path, help="a model whose weights are trained; default: random ones")
     parser.add_argument("--workers", type=int, default=1, help="GPUs for Tenure, as many times the batch")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing for the peers")
     parser.add_argument("--profile", type=Path, help="where Tenure's kernels of one step are written")
