@@ -275,7 +275,7 @@ def runs(context: click.Context) -> None:
 @click.option("--price", type=click.FloatRange(min=0), help="Of a sweep: what a GPU hour costs, to price every point.")
 @click.pass_context
 def report(context: click.Context, run: str, as_json: bool, price: float | None) -> None:
-    """Show what RUN, a sequence or a sweep gained and what it forgot, and where its HTML report is."""
+    """Show what RUN, a sequence, a sweep or an evaluation (evals/ID) gained and forgot, and where its page is."""
     from cluster.screen import make_screen
     from cluster.sweep_report import is_sweep_id, report_sweep
     from training.evaluation.scorecard import read_scorecard
@@ -290,7 +290,7 @@ def report(context: click.Context, run: str, as_json: bool, price: float | None)
     if is_sweep_id(context.obj, run):
         report_sweep(run, context.obj, as_json=as_json, price=price)
         return
-    folder = context.obj.run(run)
+    folder = context.obj.scored(run)
     scorecard = read_scorecard(folder.scorecard)
     if as_json:
         click.echo(folder.scorecard.read_text(encoding="utf-8"), nl=False)
@@ -307,7 +307,7 @@ def report(context: click.Context, run: str, as_json: bool, price: float | None)
 @click.option("--html", "page", type=click.Path(path_type=Path), help="The page. Default: WORKSPACE/compare/A-B.html.")
 @click.pass_context
 def compare(context: click.Context, runs: tuple[str, ...], as_json: bool, seeds: bool, page: Path | None) -> None:
-    """Set RUNS side by side, suite by suite; each against the first, item by item."""
+    """Set RUNS (or evaluations, evals/ID) side by side, suite by suite; each against the first, item by item."""
     from cluster.comparing import compare
 
     compare(context.obj, runs, as_json=as_json, seeds=seeds, page=page)
@@ -438,7 +438,7 @@ def templates() -> None:
 @cli.command()
 @click.argument(
     "of",
-    type=click.Choice(["spec", "sweep", "scorecard", "comparison", "pooled-seeds", "sweep-result"]),
+    type=click.Choice(["spec", "sweep", "scorecard", "comparison", "pooled-seeds", "sequence-result", "sweep-result"]),
     default="spec",
 )
 @click.option("--sequence", "of_sequence", is_flag=True, help="Of a sequence of tasks.")
@@ -449,6 +449,7 @@ def schema(of: str, of_sequence: bool) -> None:
     from training.evaluation.comparison import Comparison
     from training.evaluation.pooling import PooledSeeds
     from training.evaluation.scorecard import Scorecard
+    from training.sequences.result import SequenceResult
     from training.sequences.spec import SequenceSpec
     from training.spec import RunSpec
 
@@ -458,6 +459,7 @@ def schema(of: str, of_sequence: bool) -> None:
         "scorecard": Scorecard,
         "comparison": Comparison,
         "pooled-seeds": PooledSeeds,
+        "sequence-result": SequenceResult,
         "sweep-result": SweepResult,
     }
     kind = SequenceSpec if of_sequence else models[of]

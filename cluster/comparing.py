@@ -1,4 +1,4 @@
-"""`tenure compare`: runs side by side on screen, as a page and as JSON; or the seeds of one spec, pooled."""
+"""`tenure compare`: runs or evaluations side by side, on screen, as a page and as JSON; or seeds pooled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def compare(workspace: Workspace, names: Sequence[str], *, as_json: bool, seeds:
     Raises:
         TenureError: a run is not there or was not scored, protocols differ, or the runs are no seeds of one spec.
     """
-    runs = [workspace.run(name) for name in names]
+    runs = [workspace.scored(name) for name in names]
     cards = [read_scorecard(run.scorecard) for run in runs]
     comparison = compare_runs(cards)
     pooled = pool_seeds(cards, [read_json(run.spec) for run in runs]) if seeds else None
@@ -36,6 +36,8 @@ def compare(workspace: Workspace, names: Sequence[str], *, as_json: bool, seeds:
         if not pooled:
             print_comparison(console, cards[0], card)
             print_pair(console, pair)
-    named = "-".join(names[:_MOST_IN_NAME]) + (f"-and-{len(names) - _MOST_IN_NAME}" if names[_MOST_IN_NAME:] else "")
+    named = "-".join(name.replace("/", "-") for name in names[:_MOST_IN_NAME]) + (
+        f"-and-{len(names) - _MOST_IN_NAME}" if names[_MOST_IN_NAME:] else ""
+    )
     target = page or workspace.root / "compare" / f"{named}.html"
     console.print(f"page {write_comparison(target, runs, cards, comparison, pooled)}")

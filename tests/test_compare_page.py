@@ -27,13 +27,15 @@ from cluster.cli import cli
 from training.errors import TenureError
 from training.evaluation.comparison import compare_runs
 from training.evaluation.pooling import pool_seeds
-from training.evaluation.scorecard import KlToBase, Scorecard, SuiteScore
+from training.evaluation.scorecard import DataSummary, KlToBase, Scorecard, SuiteScore
 from training.evaluation.stats import pooled_interval
 from training.reporting.compare import render_comparison
 from training.reporting.curves import Gpus, cost_rows, read_metrics
 from training.reporting.html import render_html
 from training.reporting.marks import marked
 from training.workspace import RunFolder, write_json
+
+DATA = DataSummary(num_examples=4000, num_faulty=0, num_untaught=0, num_overlong=0)
 
 
 def turned(suite: SuiteScore, every: int) -> SuiteScore:
@@ -53,7 +55,7 @@ def a_run(workspace: Path, name: str, seed: int, every: int) -> tuple[RunFolder,
     run = RunFolder(workspace / "runs" / name)
     run.path.mkdir(parents=True)
     kl = {"target": KlToBase(nats=0.01 * every, interval=(0.01, 0.2), num_items=9, num_tokens=80)}
-    card = scorecard(turned(asdiv(), every), boolq(), prose(), run=name, kl_to_base=kl)
+    card = scorecard(turned(asdiv(), every), boolq(), prose(), run=name, kl_to_base=kl, data=DATA)
     run.scorecard.write_text(card.model_dump_json(), encoding="utf-8")
     validation = [{"kind": "validation", "step": 20, "suite": "asdiv", "loss": 0.5 + seed}]
     write_metrics(run.metrics, [*(step_row(step, loss=2.0 / step + seed) for step in range(1, 30)), *validation])
@@ -90,6 +92,10 @@ def test_the_page_holds_both_runs_and_needs_nothing_else(two: list[tuple[RunFold
         assert words in page
     assert "KL to the base on target prompts 0.0700 nats per token" in page
     assert "&lt;b&gt;" in page
+    chart = page[page.index("<h2>Gained and forgotten") : page.index("<h2>Suites")]
+    names = [f"{suite}: {run}" for suite in ("asdiv", "boolq", "prose") for run in ("first-1", "second-1")]
+    assert sorted(names, key=chart.index) == names
+    assert "first-1: Trained on 4,000 examples." in page
     assert "<b>now" not in page
     lost, won = page.count('data-fate="lost"'), page.count('data-fate="won"')
     differences = {suite.name: suite for suite in compare_runs([card for _, card in two]).pairs[0].suites}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 from tiny_sequence import task, write_sequence
 
+from cluster.cli import cli
 from training.evaluation.scorecard import Scorecard, SuiteScore, Verdict
 from training.sequences.plots import cell_text, shades
 from training.sequences.report import figure_rows, print_sequence, render_sequence, write_sequence_report
@@ -147,3 +151,10 @@ def test_names_of_tasks_are_text_on_the_page(sequence: SequenceSpec) -> None:
     result = make_result("tiny-1", sequence, cards)
     wild = result.model_copy(update={"tasks": ("<b>x</b>", *result.tasks[1:])})
     assert "<b>x</b>" not in render_sequence(wild)
+
+
+def test_the_json_of_a_sequence_keeps_its_published_schema(result: SequenceResult) -> None:
+    printed = CliRunner().invoke(cli, ["schema", "sequence-result"])
+    jsonschema.validate(json.loads(result.model_dump_json()), json.loads(printed.stdout))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"sequence": "x"}, json.loads(printed.stdout))

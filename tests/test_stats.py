@@ -123,6 +123,11 @@ def test_nothing_lost_in_few_items_is_no_proof() -> None:
     assert interval == pytest.approx((-z2 / (100 + z2), z2 / (100 + z2)))
 
 
+def test_nats_are_never_right_or_wrong() -> None:
+    """Texts alike in length, none of which changed: no share of items stands behind that."""
+    assert paired_interval(np.zeros(12), np.ones(12), shares=False) == ((0.0, 0.0), "bootstrap")
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 12), st.integers(0, 12), st.integers(25, 300))
 def test_a_score_interval_holds_the_estimate_and_turns_with_the_sign(won: int, lost: int, count: int) -> None:

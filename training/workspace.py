@@ -15,6 +15,7 @@ from typing import Any
 from training.errors import fail
 
 WORKSPACE_VARIABLE = "TENURE_WORKSPACE"
+EVALUATIONS = "evals"  # the folder of what was scored without being trained
 MERGED_FOLDER = "merged"  # in an artifact: base and adapter as one model
 LINEAGE_FILE = "tenure.json"  # in an artifact: its run, and what that was tuned from
 
@@ -191,6 +192,21 @@ class Workspace:
         close = difflib.get_close_matches(run_id, known, n=1, cutoff=0.5)
         instead = f"did you mean '{close[0]}'?" if close else "tenure runs lists the runs there are"
         raise fail(f"there is no run '{run_id}' in {self.root}", "", instead)
+
+    def scored(self, name: str) -> RunFolder:
+        """The folder of what has a scorecard: a run by its id, or an evaluation by `evals/ID`.
+
+        Raises:
+            TenureError: there is none.
+        """
+        if not name.startswith(f"{EVALUATIONS}/"):
+            return self.run(name)
+        folder = RunFolder(self.root / name)
+        if not folder.scorecard.is_file():
+            raise fail(
+                f"there is no evaluation '{name}' in {self.root}", "", "tenure eval prints where its scorecard is"
+            )
+        return folder
 
 
 def _number(folder: str, name: str) -> int:

@@ -110,7 +110,7 @@ def _difference(first: SuiteScore, second: SuiteScore) -> SuiteDifference:
     pairs = list(zip(first.items, second.items, strict=True))
     gains = np.array([sign * (theirs.tuned_score - ours.tuned_score) for ours, theirs in pairs])
     weights = np.array([item.weight for item in first.items])
-    interval, method = paired_interval(gains, weights)
+    interval, method = paired_interval(gains, weights, shares=first.unit == "share")
     changed = [(gain, _changed(*pair)) for gain, pair in zip(gains, pairs, strict=True)]
     assert discordant(gains) == (sum(g > 0 for g, _ in changed), sum(g < 0 for g, _ in changed))
     return SuiteDifference(

@@ -96,7 +96,7 @@ def score_suite(
     change = float(np.average(gains, weights=weights))
     threshold = threshold_of(suite, role, contract)
     least = threshold if role == "target" else -threshold
-    interval, method = paired_interval(gains, weights)
+    interval, method = paired_interval(gains, weights, shares=unit == "share")
     state: State = "undecided" if _says_nothing(method, contract) else state_of(change, interval, least, contract)
     won, lost = discordant(gains)
     spoken = isinstance(suite, get_args(Answering))

@@ -22,14 +22,17 @@ Interval = tuple[float, float]
 Method = Literal["bootstrap", "score", "none"]
 
 
-def paired_interval(gains: Array, weights: Array) -> tuple[Interval, Method]:
+def paired_interval(gains: Array, weights: Array, *, shares: bool = True) -> tuple[Interval, Method]:
     """The 95 % interval of a suite's change, and how it was made: "bootstrap", "score" or "none".
 
     Resampling knows nothing of what did not happen: where scores are right or wrong and few items changed, the score
     interval takes its place, which is not empty where nothing changed at all. One graded item has none.
+
+    Args:
+        shares: the scores are shares. Nats (False) are never right or wrong, even where none of them changed.
     """
     won, lost = discordant(gains)
-    if is_binary(gains, weights) and won + lost < FEW_DISCORDANT:
+    if shares and is_binary(gains, weights) and won + lost < FEW_DISCORDANT:
         return score_interval(won, lost, len(gains)), "score"
     if len(gains) == 1:
         return (float(gains[0]), float(gains[0])), "none"

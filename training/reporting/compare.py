@@ -14,7 +14,7 @@ from training.evaluation.scorecard import Scorecard, SuiteScore
 from training.reporting import formatting as text
 from training.reporting.curves import Metrics, cost_rows, read_metrics
 from training.reporting.html import MAX_ITEMS_PER_SUITE, Chart, environment, gpus_of, lineage_rows
-from training.reporting.plots import COLOURS, Line, draw_curves
+from training.reporting.plots import COLOURS, Line, draw_changes, draw_curves
 from training.workspace import RunFolder, write_text
 
 
@@ -31,11 +31,12 @@ class Changed:
 
 @dataclass(frozen=True)
 class Column:
-    """One run: its verdict, its suites by name, cost and lineage."""
+    """One run: its verdict, suites by name, what it forgot, was trained on, cost, and where it came from."""
 
     card: Scorecard
     suites: dict[str, SuiteScore]
-    kl: tuple[str, ...]
+    forgetting: tuple[str, ...]
+    data: str
     cost: dict[str, str]
     lineage: dict[str, str]
 
@@ -64,6 +65,7 @@ def render_comparison(
     return page.render(
         columns=columns,
         names=list(names),
+        change_svg=_changes(names, columns),
         pairs=[(pair, [_changed(suite) for suite in pair.suites]) for pair in comparison.pairs],
         same_base=all(pair.same_base for pair in comparison.pairs),
         pooled=pooled,
@@ -80,6 +82,17 @@ def render_comparison(
     )
 
 
+def _changes(names: Iterable[str], columns: Sequence[Column]) -> Markup | None:
+    """Every run's change on every suite, the runs of one suite below one another; nothing without suites."""
+    rows = [
+        column.suites[name].model_copy(update={"name": f"{name}: {column.card.run}"})
+        for name in names
+        for column in columns
+        if name in column.suites
+    ]
+    return Markup(draw_changes(rows)) if rows else None
+
+
 def _names(tables: Iterable[dict[str, str]]) -> list[str]:
     return list(dict.fromkeys(name for table in tables for name in table))
 
@@ -88,7 +101,8 @@ def _column(run: RunFolder, card: Scorecard, metrics: Metrics | None) -> Column:
     return Column(
         card=card,
         suites={suite.name: suite for suite in card.suites},
-        kl=tuple(text.kl_lines(card)),
+        forgetting=text.forgetting_lines(card),
+        data=text.data_line(card),
         cost=dict(cost_rows(metrics, card.seconds, gpus_of(run))),
         lineage={"base model": card.base_model, "base hash": card.base_hash[:16], **dict(lineage_rows(run.lineage))},
     )

@@ -124,10 +124,10 @@ def notes_of(scorecard: Scorecard) -> tuple[str, ...]:
 
 def forgetting_lines(scorecard: Scorecard) -> tuple[str, ...]:
     """What was kept over all retention suites, one sentence each; nothing for a scorecard of version 1."""
+    lines = list(kl_lines(scorecard))
     kept = scorecard.forgetting
     if kept is None:
-        return ()
-    lines = list(kl_lines(scorecard))
+        return tuple(lines)
     if kept.retention is not None and kept.retention_unclipped is not None:
         lines.append(f"Retention {kept.retention:.1%} (unclipped {kept.retention_unclipped:.1%}), chance-corrected.")
     if kept.general_ability_delta is not None:
