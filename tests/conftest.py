@@ -40,6 +40,7 @@ be_quiet()
 COSTLY = ("kept_run", "ray_cluster")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where several processes test (`pytest -n 2 --dist loadgroup`), a file stays with one of them."""
     wanted: dict[Path, set[str]] = {}
