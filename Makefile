@@ -24,7 +24,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -36,19 +39,27 @@ ROOT = Path(__file__).resolve().parents[1]
 be_quiet()
 
 
-# Fixtures of the whole session that take long to make: all files that want one are tested by one process.
-COSTLY = ("kept_run", "ray_cluster")
+# Fixtures of the whole session that take minutes: all files that want one are tested by one process.
+COSTLY = re.compile(r"\b(two_workers|kept_run)\b")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes test (`pytest -n 2 --dist loadgroup`), a file stays with one of them."""
-    wanted: dict[Path, set[str]] = {}
-    for item in items:
-        wanted.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
-    for item in items:
-        group = next((name for name in COSTLY if name in wanted[item.path]), item.path.name)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes test (`pytest -n 2`), a file stays with one of them, as its own fixtures do."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFixture(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(super()._split_scope(nodeid))
+
+    return ByFixture(config, log)
+
+
+@functools.cache
+def group_of(file: str) -> str:
+    """The costly fixture that a test file names, or else the file itself."""
+    found = COSTLY.search((ROOT / file).read_text(encoding="utf-8"))
+    return found[0] if found else file
 
 
 @pytest.fixture(autouse=True)
