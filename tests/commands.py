@@ -18,7 +18,7 @@ from training.workspace import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "TENURE_TEST_MARK"
-WAIT_S = 240.0
+WAIT_S = 600.0  # for what hangs: another process that tests may have the processors meanwhile
 
 
 @dataclass

@@ -101,13 +101,13 @@ def cut_run(hosts: Hosts, spec: Path) -> tuple[RunFolder, str]:
     busy = [name for name in (HEAD, *WORKERS) if any("RayTrainWorker" in title for title in hosts.titles(name))]
     assert len(busy) == 2, "two workers on two hosts"
     hosts.cut(next(name for name in busy if name != HEAD))
-    status, said = ended(process, 300)
+    status, said = ended(process, 600)
     assert status == 0, said
     return run, said
 
 
 def wait_for_step(step: int, run: RunFolder, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not (run.metrics.is_file() and last_step(run) >= step):
         if process.poll() is not None:
             pytest.fail("".join(process.communicate()))

@@ -18,7 +18,7 @@ from training.sequences.result import read_result
 from training.workspace import RunFolder, Workspace
 
 STATUS = {"kept": 0, "broken": 3}
-PATIENCE_S = 500.0
+PATIENCE_S = 700.0
 
 
 def test_a_killed_sequence_goes_on_where_it_stopped(

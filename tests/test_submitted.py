@@ -28,7 +28,7 @@ from training.evaluation.scorecard import read_scorecard
 from training.waiting import WAITING
 from training.workspace import RunFolder, Workspace
 
-WAIT_S = 240.0
+WAIT_S = 600.0
 _PORTS = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "runtime-env-agent-port")
 _PATIENT = {"RAY_raylet_start_wait_time_s": "120"}  # on a machine where others work too
 

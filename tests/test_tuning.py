@@ -51,7 +51,6 @@ from training.tuning import apply_tuning, load_base, load_base_for
 from training.worker import Trainer
 from training.workspace import MERGED_FOLDER, RunFolder, Workspace, read_json
 
-pytestmark = pytest.mark.timeout(1200)  # the group of all jobs is one test's setup
 IDS = (5, 9, 17, 33, 65, 129, 3, 77, 101, 44, 8, 19)
 STAGES = (0, 2, 3)
 # Tokens of the sums. From its own first values most of DEFT's gradients are rounding noise around zero, which Adam
